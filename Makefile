@@ -1,0 +1,37 @@
+# Everything a newcomer types. Both `make quickstart` and `make test` make the environment first and may be run twice.
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+LAUNCH := $(BIN)/accelerate launch
+
+.DEFAULT_GOAL := help
+.PHONY: help venv quickstart test lint format bench clean
+
+help:
+	@echo "make quickstart   train and show a small adapter, two processes"
+	@echo "make test         all tests"
+	@echo "make lint         ruff and mypy"
+	@echo "make bench        benchmarks against TRL + PEFT (installs them)"
+
+$(VENV)/.made: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[test]' --constraint constraints.txt
+	@touch $(VENV)/.made
+
+venv: $(VENV)/.made
+
+test: venv
+	$(BIN)/python -m pytest
+
+lint: venv
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+format: venv
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+clean:
+	rm -rf $(VENV) runs

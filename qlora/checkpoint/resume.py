@@ -1,0 +1,166 @@
+"""Choosing the checkpoint to go on from, making sure that it is whole and that it belongs to this job."""
+
+from __future__ import annotations
+
+import json
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from qlora.adapter.files import adapter_parameters, open_adapter
+from qlora.checkpoint import state
+from qlora.checkpoint.state import Identity, TrainerState
+from qlora.config.rules import changed_keys
+from qlora.config.schema import JobConfig
+from qlora.distributed.runtime import Engine
+from qlora.errors import CheckpointError
+from qlora.quant import shards
+
+
+@dataclass(frozen=True)
+class Found:
+    """A checkpoint that is whole."""
+
+    folder: Path
+    trainer: TrainerState
+    identity: Identity
+
+
+def find_checkpoint(run_dir: Path, resume: str) -> Found | None:
+    """The checkpoint that `checkpoint.resume` means, verified; None for a new run. Rank-local, read-only.
+
+    Args:
+        resume: "auto" (the newest committed one that is whole), "none", or a path.
+
+    Raises:
+        CheckpointError: a named checkpoint is missing, not committed or damaged; or all of the run's are damaged.
+    """
+    if resume == "none":
+        return None
+    if resume != "auto":
+        folder = Path(resume)
+        if not (folder / state.COMMITTED).is_file():
+            raise CheckpointError(
+                "not a committed checkpoint", place=str(folder), wanted="a folder such as RUN_DIR/checkpoints/step-00000100"
+            )
+        return _open(folder)
+    candidates = state.committed(run_dir)
+    for folder in reversed(candidates):
+        try:
+            return _open(folder)
+        except CheckpointError as error:
+            print(f"warning: {error}\n  trying the checkpoint before it", file=sys.stderr, flush=True)
+    if candidates:
+        raise CheckpointError(
+            "every checkpoint of this run is damaged",
+            place=str(run_dir / state.FOLDER),
+            next_step="set checkpoint.resume to none and choose a new train.output_dir to start again",
+        )
+    return None
+
+
+def _open(folder: Path) -> Found:
+    """Verify sizes and checksums and read the small files."""
+    manifest = state.read_manifest(folder)
+    for name, recorded in manifest.files.items():
+        path = folder / name
+        if Path(name).name != name or path.is_symlink():
+            raise CheckpointError(f"the manifest names a file outside its folder: {name}", place=str(folder))
+        try:
+            content = path.read_bytes()
+        except OSError as error:
+            raise CheckpointError(f"{name} cannot be read ({error.strerror})", place=str(folder)) from error
+        if len(content) != recorded["size"]:
+            raise CheckpointError(
+                f"{name} is cut short or too long", place=str(folder), found=f"{len(content)} bytes",
+                wanted=f"{recorded['size']} bytes",
+            )  # fmt: skip
+        if state.sha256_of(content) != recorded["sha256"]:
+            raise CheckpointError(f"{name} does not match its checksum", place=str(folder))
+    trainer = TrainerState(**json.loads((folder / state.STATE_NAME).read_text()))
+    return Found(folder, trainer, manifest.identity)
+
+
+def check_identity(found: Found, job: Identity, *, force: bool) -> list[str]:
+    """Compare a checkpoint with the job that wants to go on from it. Returns what `force` overrode, for the log.
+
+    Raises:
+        CheckpointError: another base, other data, another global batch, or a changed key that alters the training.
+    """
+    old, new = found.identity, job
+    problems = []
+    if old.base.get("fingerprint") != new.base.get("fingerprint"):
+        problems.append(f"base: {old.base.get('name')} then, {new.base.get('name')} now, and their weights differ")
+    if old.data != new.data:
+        problems.append(f"data: the token rows differ ({old.data[:12]} then, {new.data[:12]} now)")
+    elif old.plan != new.plan:
+        problems.append(f"packing: the plans differ ({old.plan[:12]} then, {new.plan[:12]} now)")
+    changes = changed_keys(
+        JobConfig.model_validate(old.config),
+        JobConfig.model_validate(new.config),
+        old_world_size=old.world_size,
+        new_world_size=new.world_size,
+    )
+    problems += [f"{change.key}: {change.old} then, {change.new} now" for change in changes if not change.safe]
+    if problems and not force:
+        raise CheckpointError(
+            "the checkpoint belongs to a job that differs from this one",
+            place=str(found.folder),
+            found="\n         ".join(problems),
+            next_step="undo the change, choose a new train.output_dir, or give --force: the run is then no longer exact",
+        )
+    return problems
+
+
+def load_parameters(found: Found, model: nn.Module) -> None:
+    """Set what trains to the checkpoint's values. Rank-local; before the model is prepared, so that master copies follow.
+
+    Raises:
+        CheckpointError: the tensors do not have the names and shapes of what this job trains.
+    """
+    own = adapter_parameters(model)
+    entries = {key.in_file(): entry for key, entry in open_adapter(found.folder).entries.items()}
+    _check_names(found, "adapter", {key: tuple(p.shape) for key, p in own.items()}, entries)
+    for key, parameter in own.items():
+        with torch.no_grad():
+            parameter.copy_(entries[key].read_whole())
+
+
+def load_optimizer(found: Found, model: nn.Module, engine: Engine) -> None:
+    """Set the optimizer's state to the checkpoint's. Collective; after the model was prepared."""
+    names = {id(parameter): name for name, parameter in engine.parameters.items()}
+    own = {key: names[id(parameter)] for key, parameter in adapter_parameters(model).items()}
+    entries = shards.read_header(found.folder / state.OPTIMIZER_NAME)
+    states: dict[str, dict[str, Tensor]] = {name: {} for name in own.values()}
+    for entry_name, entry in entries.items():
+        key, _, part = entry_name.rpartition("/")
+        if key not in own:
+            raise CheckpointError(f"the optimizer state of {key} has no parameter here", place=str(found.folder))
+        states[own[key]][part] = entry.read_whole()
+    empty = [key for key, name in own.items() if not states[name]]
+    if empty:
+        raise CheckpointError(
+            f"{len(empty)} parameters have no optimizer state", place=str(found.folder), found=", ".join(empty[:5])
+        )
+    engine.load_optimizer_state(states, found.trainer.step)
+
+
+def _check_names(
+    found: Found, what: str, wanted: dict[str, tuple[int, ...]], entries: dict[str, shards.TensorEntry]
+) -> None:
+    wrong = [f"{key} is missing" for key in wanted if key not in entries]
+    wrong += [f"{key} is not trained here" for key in entries if key not in wanted]
+    wrong += [
+        f"{key} has shape {entries[key].shape}, this job trains {shape}"
+        for key, shape in wanted.items()
+        if key in entries and entries[key].shape != shape
+    ]
+    if wrong:
+        raise CheckpointError(
+            f"{len(wrong)} tensors of the {what} do not fit this job",
+            place=str(found.folder),
+            found="\n         ".join(wrong[:5]),
+        )

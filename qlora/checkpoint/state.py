@@ -1,0 +1,127 @@
+"""What a checkpoint holds and where.
+
+    OUTPUT_DIR/checkpoints/step-00000100/
+        adapter_config.json, adapter_model.safetensors   the adapter, which is also the fp32 master copy
+        optimizer.safetensors                            `KEY/exp_avg`, `KEY/exp_avg_sq` for each tensor of the adapter
+        trainer_state.json                               step, position of the data, totals
+        manifest.json                                    size and sha256 of each file; base, data, config, versions
+        COMMITTED                                        written last: without it the folder does not count
+
+Everything is stored whole and by name, so that it does not depend on how many ranks there were. Nothing is drawn at
+random from a state that would have to be saved: dropout and the order of the data are functions of seed and step, the
+learning rate of the step.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import asdict, dataclass
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+from qlora.errors import CheckpointError
+
+FOLDER = "checkpoints"
+OPTIMIZER_NAME = "optimizer.safetensors"
+STATE_NAME = "trainer_state.json"
+MANIFEST_NAME = "manifest.json"
+COMMITTED = "COMMITTED"
+PREFIX = "step-"
+PACKAGES = ("qlora", "torch", "transformers", "accelerate", "deepspeed", "bitsandbytes", "safetensors", "datasets")
+
+
+@dataclass(frozen=True)
+class TrainerState:
+    """Where training stood.
+
+    Attributes:
+        step: optimizer steps done.
+        global_index: the data's position, in packs taken.
+        num_tokens, num_target_tokens: so far, over all ranks.
+    """
+
+    step: int
+    global_index: int
+    num_tokens: int
+    num_target_tokens: int
+
+
+@dataclass(frozen=True)
+class Identity:
+    """What a checkpoint belongs to. A resume compares it with the job's own.
+
+    Attributes:
+        base: name, revision and fingerprint of the base.
+        data: fingerprint of the token rows.
+        plan: hash of the packing plan.
+        config: the resolved job.
+        world_size, mode: how it was run; these may change.
+        versions: of the stack.
+    """
+
+    base: dict[str, Any]
+    data: str
+    plan: str
+    config: dict[str, Any]
+    world_size: int
+    mode: str
+    versions: dict[str, str]
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """manifest.json."""
+
+    files: dict[str, dict[str, Any]]
+    identity: Identity
+
+    def to_json(self) -> bytes:
+        """The file's content."""
+        return (json.dumps(asdict(self), indent=2, sort_keys=True) + "\n").encode()
+
+
+def read_manifest(folder: Path) -> Manifest:
+    """Read a checkpoint's manifest. Raises CheckpointError where it is missing or damaged."""
+    path = folder / MANIFEST_NAME
+    try:
+        fields = json.loads(path.read_text(encoding="utf-8"))
+        return Manifest(fields["files"], Identity(**fields["identity"]))
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise CheckpointError(f"the manifest cannot be read: {error}", place=str(path)) from error
+
+
+def folder_name(step: int) -> str:
+    """Name of a checkpoint's folder."""
+    return f"{PREFIX}{step:08d}"
+
+
+def step_of(folder: Path) -> int:
+    """The step a checkpoint's folder is named after. Raises ValueError for other names."""
+    if not folder.name.startswith(PREFIX):
+        raise ValueError(folder.name)
+    return int(folder.name.removeprefix(PREFIX))
+
+
+def committed(run_dir: Path) -> list[Path]:
+    """The run's committed checkpoints, oldest first, by step and never by time."""
+    folders = (run_dir / FOLDER).glob(f"{PREFIX}*")
+    found = [f for f in folders if f.name.removeprefix(PREFIX).isdigit() and (f / COMMITTED).is_file()]
+    return sorted(found, key=step_of)
+
+
+def sha256_of(content: bytes) -> str:
+    """Hexadecimal."""
+    return hashlib.sha256(content).hexdigest()
+
+
+def stack_versions() -> dict[str, str]:
+    """Versions of this project and of what it stands on, as far as they are installed."""
+    found = {}
+    for package in PACKAGES:
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            continue
+    return found

@@ -1,0 +1,36 @@
+"""`qlora eval`: the base beside the adapter on data.eval."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from qlora.cli.adapter_folder import require_adapter
+from qlora.cli.failures import DebugOption
+
+
+def evaluate(
+    config: Annotated[Path, typer.Argument(metavar="CONFIG", help="The job file (YAML).", show_default=False)],
+    overrides: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="KEY=VALUE", help="Laid over the job file: data.eval=[held_out.jsonl]", show_default=False),
+    ] = None,
+    adapter: Annotated[
+        Path | None,
+        typer.Option(metavar="DIR", help="Adapter or checkpoint folder; without it the base alone.", show_default=False),
+    ] = None,
+    debug: DebugOption = False,
+) -> None:
+    """Print loss and perplexity on data.eval, base beside adapter."""
+    from qlora.config.load import load_config
+    from qlora.config.rules import check_job
+
+    job = load_config(config, overrides or [])
+    check_job(job, "eval", str(config))
+    if adapter is not None:
+        require_adapter(adapter)
+    from qlora.infer.evaluate import run_evaluate
+
+    run_evaluate(job, adapter)

@@ -1,0 +1,277 @@
+"""What a job must satisfy beyond the type of each key, as far as that is known without a model and without a GPU.
+
+`check_job` looks at combinations of keys and at the paths a verb is going to read, so that a run fails in its first
+second and not after the base was loaded. `changed_keys` says what differs between a checkpoint's job and the one that
+wants to resume it, and which differences leave the trained result comparable.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import math
+import os
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from qlora.config.paths import exists, looks_like_path, missing_hint
+from qlora.config.problems import Problem, as_error, show
+from qlora.config.schema import JobConfig
+
+Verb = Literal["train", "eval", "plan", "slurm"]
+BUILTIN_BASES = ("builtin:tiny",)
+RESUME_WORDS = ("auto", "none")
+_TRACKER_PACKAGES = {"tensorboard": ("tensorboard", "tensorboardX")}
+_BATCH_KEYS = frozenset({"train.per_device_train_batch_size", "train.gradient_accumulation_steps"})
+_SAFE_SECTIONS = ("logging.", "eval.", "checkpoint.")
+
+
+def check_job(config: JobConfig, verb: Verb, source: str = "") -> None:
+    """Raise ConfigError for combinations and paths that cannot work for `verb`, all of them at once.
+
+    `train` and `eval` look at the files they will read; `plan` and `slurm`, which may run on another machine than the
+    job, look at the keys alone.
+
+    Args:
+        source: the job file's name, put in front of each key.
+    """
+    problems = [*_numbers(config), *_combinations(config)]
+    if verb in ("train", "eval"):
+        problems += [*_base(config), *_data(config, verb)]
+    if verb == "train":
+        problems += [*_output(config), *_resume(config), *_trackers(config)]
+    if problems:
+        named = [Problem(source, p.key, p.message, p.found, p.wanted, p.next_step) for p in problems]
+        raise as_error(named, source or "the job")
+
+
+def _numbers(config: JobConfig) -> Iterator[Problem]:
+    for key, value in _flat(config).items():
+        if isinstance(value, float) and not math.isfinite(value):
+            yield Problem("", key, "not a finite number", found=str(value))
+
+
+def _combinations(config: JobConfig) -> Iterator[Problem]:
+    model, lora, data, train = config.model, config.lora, config.data, config.train
+    if train.warmup_steps is not None and train.max_steps is not None and train.warmup_steps > train.max_steps:
+        yield Problem(
+            "",
+            "train.warmup_steps",
+            "the learning rate would never be reached",
+            found=f"{train.warmup_steps} warm-up steps of {train.max_steps} steps",
+            wanted="at most train.max_steps",
+        )
+    if model.attention == "flash_attention_2" and model.dtype == "float32":
+        yield Problem(
+            "",
+            "model.attention",
+            "flash_attention_2 does not compute in float32",
+            next_step="model.dtype: bfloat16, or model.attention: sdpa",
+        )
+    if config.eval.every_steps is not None and not data.eval:
+        yield Problem(
+            "",
+            "eval.every_steps",
+            "there is nothing to evaluate on",
+            found="data.eval is empty",
+            next_step="name files in data.eval, or eval.every_steps: null",
+        )
+    for key, value in (("lora.target_modules", lora.target_modules), ("lora.exclude_modules", lora.exclude_modules)):
+        yield from _modules(key, value)
+    trains_more = lora.train_norms or lora.train_embeddings or lora.train_head
+    if lora.target_modules == [] and not trains_more:
+        yield Problem("", "lora.target_modules", "nothing would be trained", found="an empty list", wanted="all-linear, ...")
+    if lora.target_modules and lora.target_modules == lora.exclude_modules:
+        yield Problem("", "lora.exclude_modules", "the same as lora.target_modules, so nothing would be trained")
+
+
+def _modules(key: str, value: str | list[str]) -> Iterator[Problem]:
+    if isinstance(value, list):
+        if any(not entry.strip() for entry in value):
+            yield Problem("", key, "a name is empty", found=show(value))
+        return
+    try:
+        re.compile(value)
+    except re.error as error:
+        yield Problem("", key, f"not a regular expression: {error}", found=show(value), next_step="a list takes plain names")
+
+
+def _base(config: JobConfig) -> Iterator[Problem]:
+    base, key = config.model.base, "model.base"
+    if not base.strip():
+        yield Problem("", key, "empty", wanted="builtin:tiny, a Hugging Face folder, or a hub id")
+        return
+    if base.startswith("builtin:"):
+        if base not in BUILTIN_BASES:
+            yield Problem("", key, "no such built-in base", found=show(base), wanted=" or ".join(BUILTIN_BASES))
+        return
+    if not looks_like_path(base):
+        return
+    folder = Path(base)
+    if not exists(folder):
+        yield Problem("", key, "no such folder", found=show(base), next_step=missing_hint(base))
+    elif not folder.is_dir():
+        yield Problem("", key, "a folder is wanted, this is a file", found=show(base), next_step=f"{key}: {folder.parent}")
+    elif not (folder / "config.json").is_file():
+        adapter = (folder / "adapter_config.json").is_file()
+        yield Problem(
+            "",
+            key,
+            "this folder holds an adapter, not a base" if adapter else "this folder holds no config.json",
+            found=show(base),
+            wanted="a model folder as Hugging Face writes it: config.json, *.safetensors, tokenizer files",
+        )
+    elif config.model.revision is not None:
+        yield Problem(
+            "",
+            "model.revision",
+            "a folder has no revisions; they belong to hub ids",
+            found=show(config.model.revision),
+            next_step="model.revision: null",
+        )
+
+
+def _data(config: JobConfig, verb: Verb) -> Iterator[Problem]:
+    data = config.data
+    needed = "train" if verb == "train" else "eval"
+    if not getattr(data, needed):
+        yield Problem(
+            "",
+            f"data.{needed}",
+            f"no data to {verb} on" if verb == "train" else "no data to evaluate on",
+            wanted="files, folders or hub dataset ids",
+            next_step=f"data: {{{needed}: [my_rows.jsonl]}} in the job file, or data.{needed}=[my_rows.jsonl] behind it",
+        )
+    lists = {"train": data.train, "eval": data.eval} if verb == "train" else {"eval": data.eval}
+    for name, values in lists.items():
+        for index, value in enumerate(values):
+            yield from _readable(f"data.{name}[{index}]", value)
+    if data.chat_template is not None:
+        template = data.chat_template
+        if not exists(template):
+            yield Problem(
+                "",
+                "data.chat_template",
+                "no such Jinja file",
+                found=show(template),
+                next_step=missing_hint(template, (".jinja", ".jinja2")),
+            )
+        else:
+            yield from _readable("data.chat_template", template)
+
+
+def _readable(key: str, value: str) -> Iterator[Problem]:
+    if not value.strip():
+        yield Problem("", key, "empty", wanted="a file, a folder or a hub dataset id")
+    elif looks_like_path(value):
+        if not exists(value):
+            yield Problem("", key, "no such file or folder", found=show(value), next_step=missing_hint(value))
+        elif not os.access(value, os.R_OK):
+            yield Problem("", key, "may not be read by this user", found=show(value))
+    elif "/" not in value:
+        wanted = "a file, a folder, or a hub dataset id as user/name"
+        yield Problem("", key, "no such file or folder", found=show(value), wanted=wanted, next_step=missing_hint(value))
+
+
+def _output(config: JobConfig) -> Iterator[Problem]:
+    output_dir, key = config.train.output_dir, "train.output_dir"
+    if not output_dir.strip():
+        yield Problem("", key, "empty", wanted="a folder")
+        return
+    if output_dir.startswith("~"):
+        yield Problem("", key, "~ is not expanded here", found=show(output_dir), next_step=os.path.expanduser(output_dir))
+        return
+    folder = Path(output_dir).absolute()
+    ancestor = folder
+    while not exists(ancestor) and ancestor != ancestor.parent:
+        ancestor = ancestor.parent
+    if not ancestor.is_dir():
+        yield Problem("", key, "a folder is wanted, there is a file", found=str(ancestor))
+    elif not os.access(ancestor, os.W_OK | os.X_OK):
+        yield Problem("", key, "may not be written by this user", found=str(ancestor))
+    elif folder.is_dir() and exists(config.model.base) and os.path.samefile(folder, config.model.base):
+        yield Problem("", key, "this is the base's own folder; it is never written to", found=show(output_dir))
+
+
+def _resume(config: JobConfig) -> Iterator[Problem]:
+    resume, key = config.checkpoint.resume, "checkpoint.resume"
+    if resume in RESUME_WORDS:
+        return
+    folder = Path(resume)
+    wanted = "auto, none, or the path of a checkpoint"
+    if not resume.strip() or not exists(folder):
+        words = {"latest": "auto", "last": "auto", "newest": "auto", "true": "auto", "false": "none", "null": "none"}
+        word = resume.strip().lower()
+        word = words.get(word, word)
+        hint = f"did you mean {word}?" if word in RESUME_WORDS else missing_hint(resume) if resume.strip() else None
+        yield Problem("", key, "no such checkpoint", found=show(resume), wanted=wanted, next_step=hint)
+        return
+    if (folder / "COMMITTED").is_file():
+        return
+    committed = sorted(folder.glob("checkpoints/step-*/COMMITTED"))
+    if committed:
+        hint = f"checkpoint.resume: {committed[-1].parent}"
+        yield Problem("", key, "a run directory, not a checkpoint", found=show(resume), wanted=wanted, next_step=hint)
+    else:
+        yield Problem("", key, "not a complete checkpoint: it has no file COMMITTED", found=show(resume), wanted=wanted)
+
+
+def _trackers(config: JobConfig) -> Iterator[Problem]:
+    for tracker in dict.fromkeys(config.logging.trackers):
+        packages = _TRACKER_PACKAGES.get(tracker, (tracker,))
+        if not any(importlib.util.find_spec(package) for package in packages):
+            yield Problem(
+                "", "logging.trackers", f"{tracker} is not installed", next_step=f"pip install {packages[0]}, or remove it"
+            )
+
+
+@dataclass(frozen=True)
+class Change:
+    """One key that differs. `safe` tells whether a resume may go on with the new value."""
+
+    key: str
+    old: Any
+    new: Any
+    safe: bool
+
+    def __str__(self) -> str:
+        return f"{self.key}: {show(self.old)} -> {show(self.new)}"
+
+
+def changed_keys(old: JobConfig, new: JobConfig, *, old_world_size: int, new_world_size: int) -> list[Change]:
+    """Return what differs between a checkpoint's job and the job that resumes it, in the order of the schema.
+
+    Safe are train.output_dir and all of logging, eval and checkpoint. World size, per_device_train_batch_size and
+    gradient_accumulation_steps are safe as long as their product, the global batch in rows, stays. A change of world
+    size is reported under the key `world_size`, which is none of the job file. The ZeRO stage is always free to change.
+    """
+    old_flat, new_flat = _flat(old), _flat(new)
+    same_global_batch = global_batch_rows(old, old_world_size) == global_batch_rows(new, new_world_size)
+    changes = []
+    for key in dict.fromkeys([*old_flat, *new_flat]):
+        before, after = old_flat.get(key), new_flat.get(key)
+        if before == after and (key in old_flat) == (key in new_flat):
+            continue
+        safe = key == "train.output_dir" or key.startswith(_SAFE_SECTIONS) or (key in _BATCH_KEYS and same_global_batch)
+        changes.append(Change(key, before, after, safe))
+    if old_world_size != new_world_size:
+        changes.append(Change("world_size", old_world_size, new_world_size, same_global_batch))
+    return changes
+
+
+def global_batch_rows(config: JobConfig, world_size: int) -> int:
+    """Return the rows of one optimizer step over all ranks."""
+    return config.train.per_device_train_batch_size * config.train.gradient_accumulation_steps * world_size
+
+
+def _flat(config: JobConfig) -> dict[str, Any]:
+    def walk(prefix: str, value: Any) -> Iterator[tuple[str, Any]]:
+        if isinstance(value, dict):
+            for name, inner in value.items():
+                yield from walk(f"{prefix}.{name}" if prefix else name, inner)
+        else:
+            yield prefix, value
+
+    return dict(walk("", config.model_dump()))

@@ -1,0 +1,266 @@
+"""The processes of a job: who I am, how many we are, and the prepared model. The only file that imports accelerate.
+
+The launch configuration decides how ranks are started and sharded (single, data parallel, ZeRO-1/2/3); this file makes
+the same job work under each of them, on GPUs or over gloo on CPUs, and checks that the ranks really see one another.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any, Protocol, TypeVar
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import InitProcessGroupKwargs
+from torch import Tensor, nn
+
+from qlora.errors import LaunchError, QloraError
+
+T = TypeVar("T")
+TIMEOUT = timedelta(minutes=30)
+
+
+class Engine(Protocol):
+    """A prepared model with its optimizer. Every method is a collective.
+
+    Attributes:
+        model: what to call with a batch.
+        parameters: the trainable parameters by name, as they were named before anything was wrapped.
+    """
+
+    model: nn.Module
+    parameters: dict[str, nn.Parameter]
+
+    def micro_step(self, *, last: bool) -> AbstractContextManager[None]:
+        """Surrounds the forward and backward pass of one micro-step; on the last of a step gradients are averaged."""
+
+    def backward(self, loss: Tensor) -> None:
+        """Add the loss's gradients to what the step has gathered so far."""
+
+    def step(self, learning_rate: float) -> Tensor:
+        """Clip, update, clear the gradients. Returns the gradient norm before clipping, fp32 scalar."""
+
+    def optimizer_state(self, name: str) -> dict[str, Tensor]:
+        """The whole optimizer state of one trainable parameter, on every rank; {} before the first step."""
+
+    def load_optimizer_state(self, states: dict[str, dict[str, Tensor]], step: int) -> None:
+        """Set the whole optimizer state by parameter name, and the number of steps it has seen."""
+
+
+@dataclass
+class Runtime:
+    """One process of the job.
+
+    Attributes:
+        rank, world_size, local_rank: of this process.
+        device: where this rank computes.
+        mode: single, ddp, zero1, zero2 or zero3.
+    """
+
+    accelerator: Accelerator
+    rank: int
+    world_size: int
+    local_rank: int
+    device: torch.device
+    mode: str
+
+    @property
+    def is_main(self) -> bool:
+        return self.rank == 0
+
+    @property
+    def is_zero(self) -> bool:
+        return self.mode.startswith("zero")
+
+    def sum(self, values: Tensor) -> Tensor:
+        """Sum a tensor over ranks, in place. Collective."""
+        if self.world_size > 1:
+            torch.distributed.all_reduce(values)
+        return values
+
+    def max(self, values: Tensor) -> Tensor:
+        """Largest over ranks, in place. Collective."""
+        if self.world_size > 1:
+            torch.distributed.all_reduce(values, op=torch.distributed.ReduceOp.MAX)
+        return values
+
+    def barrier(self) -> None:
+        """Wait for all ranks. Collective."""
+        if self.world_size > 1:
+            torch.distributed.barrier()
+
+    def broadcast_object(self, value: Any) -> Any:
+        """Rank 0's value, on every rank. Collective. Pickles: for our own small objects only."""
+        if self.world_size == 1:
+            return value
+        box = [value]
+        torch.distributed.broadcast_object_list(box, src=0)
+        return box[0]
+
+    def from_main(self, work: Callable[[], T]) -> T:
+        """Do something on rank 0 alone; every rank gets its result. Collective.
+
+        Raises:
+            QloraError: raised on rank 0 it is raised on every rank, so that none waits for the others.
+        """
+        value, error = None, None
+        if self.is_main:
+            try:
+                value = work()
+            except QloraError as raised:
+                error = raised
+        value, error = self.broadcast_object((value, error))
+        if error is not None:
+            raise error
+        return value
+
+    def end(self) -> None:
+        """Leave the process group."""
+        if torch.distributed.is_available() and torch.distributed.is_initialized():
+            torch.distributed.destroy_process_group()
+
+
+def start(
+    *, per_device_batch_size: int, gradient_accumulation_steps: int, max_grad_norm: float, trackers: Sequence[str] = (),
+    logging_dir: str | None = None,
+) -> Runtime:  # fmt: skip
+    """Join the job's process group as the launcher set it up. Collective.
+
+    Raises:
+        LaunchError: the ranks do not see one another, or the launch configuration contradicts the job file.
+    """
+    under_deepspeed = os.environ.get("ACCELERATE_USE_DEEPSPEED") == "true"
+    arguments: dict[str, Any] = {"log_with": list(trackers) or None, "project_dir": logging_dir}
+    handlers: list[Any] = [InitProcessGroupKwargs(timeout=TIMEOUT)]
+    if not torch.cuda.is_available():
+        if under_deepspeed:
+            # With cpu=True Accelerate 1.15 goes around DeepSpeed without a word; without a backend it believes that it
+            # is one process and every rank trains alone.
+            handlers = [InitProcessGroupKwargs(backend="gloo", timeout=TIMEOUT)]
+        else:
+            arguments["cpu"] = True
+    if under_deepspeed:
+        from qlora.distributed import zero
+
+        zero.prepare_environment()
+    accelerator = Accelerator(kwargs_handlers=handlers, gradient_accumulation_steps=1, mixed_precision="no", **arguments)
+    mode = "single" if accelerator.num_processes == 1 else "ddp"
+    if under_deepspeed:
+        from qlora.distributed import zero
+
+        stage = zero.fill_config(
+            accelerator.state.deepspeed_plugin,
+            micro_batch_size=per_device_batch_size,
+            gradient_accumulation_steps=gradient_accumulation_steps,
+            gradient_clipping=max_grad_norm,
+            world_size=accelerator.num_processes,
+        )
+        accelerator.gradient_accumulation_steps = gradient_accumulation_steps
+        mode = f"zero{stage}" if stage else mode
+    runtime = Runtime(
+        accelerator,
+        rank=accelerator.process_index,
+        world_size=accelerator.num_processes,
+        local_rank=accelerator.local_process_index,
+        device=accelerator.device,
+        mode=mode,
+    )
+    _check_world(runtime)
+    return runtime
+
+
+def _check_world(runtime: Runtime) -> None:
+    """All ranks add one: the sum must be what the launcher promised."""
+    promised = int(os.environ.get("WORLD_SIZE", "1"))
+    counted = int(runtime.sum(torch.ones(1, device=runtime.device)).item())
+    if counted != promised or runtime.world_size != promised:
+        raise LaunchError(
+            "the ranks do not see one another: each would train alone",
+            place="launch",
+            found=f"{counted} ranks answer",
+            wanted=f"WORLD_SIZE is {promised}",
+            next_step="start with `accelerate launch --config_file launch/accelerate/ddp.yaml ...`",
+        )
+
+
+def prepare(
+    runtime: Runtime,
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    *,
+    max_grad_norm: float,
+    scale_loss: bool,
+    leaves: Sequence[type],
+) -> Engine:
+    """Hand model and optimizer to Accelerate and, where it is on, to DeepSpeed. Collective.
+
+    Args:
+        scale_loss: keep fp16 gradients from underflowing by a dynamic loss scale (not under DeepSpeed).
+        leaves: module classes that ZeRO-3 gathers as one.
+    """
+    parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    if runtime.is_zero:
+        from qlora.distributed import zero
+
+        zero.mark_leaves(model, leaves)
+        engine, _ = runtime.accelerator.prepare(model, optimizer)
+        return zero.ZeroEngine(engine, parameters)
+    # DDP would broadcast the frozen base at start.
+    frozen = [name for name, parameter in model.named_parameters() if not parameter.requires_grad]
+    frozen += [name for name, _ in model.named_buffers()]
+    model._ddp_params_and_buffers_to_ignore = frozen  # type: ignore[assignment]
+    prepared = runtime.accelerator.prepare_model(model)
+    return PlainEngine(runtime, prepared, parameters, optimizer, max_grad_norm, scale_loss)
+
+
+class PlainEngine:
+    """One process, or data parallel: every rank holds everything. Implements `Engine`."""
+
+    def __init__(
+        self,
+        runtime: Runtime,
+        model: nn.Module,
+        parameters: dict[str, nn.Parameter],
+        optimizer: torch.optim.Optimizer,
+        max_grad_norm: float,
+        scale_loss: bool,
+    ) -> None:
+        self.runtime, self.model, self.parameters = runtime, model, parameters
+        self.optimizer, self.max_grad_norm = optimizer, max_grad_norm
+        self.scaler = torch.amp.GradScaler(runtime.device.type, enabled=scale_loss)
+
+    @contextmanager
+    def micro_step(self, *, last: bool) -> Iterator[None]:
+        if last or self.runtime.world_size == 1:
+            yield
+        else:
+            with self.runtime.accelerator.no_sync(self.model):
+                yield
+
+    def backward(self, loss: Tensor) -> None:
+        self.scaler.scale(loss).backward()
+
+    def step(self, learning_rate: float) -> Tensor:
+        self.scaler.unscale_(self.optimizer)
+        norm = torch.nn.utils.clip_grad_norm_(self.parameters.values(), self.max_grad_norm, foreach=True)
+        for group in self.optimizer.param_groups:
+            group["lr"] = learning_rate
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        self.optimizer.zero_grad(set_to_none=True)
+        return norm.detach().float()
+
+    def optimizer_state(self, name: str) -> dict[str, Tensor]:
+        state = self.optimizer.state.get(self.parameters[name], {})
+        return {key: value for key, value in state.items() if isinstance(value, Tensor) and key != "step"}
+
+    def load_optimizer_state(self, states: dict[str, dict[str, Tensor]], step: int) -> None:
+        for name, state in states.items():
+            parameter = self.parameters[name]
+            own: dict[str, Any] = {key: value.to(parameter.device) for key, value in state.items()}
+            counter = torch.tensor(float(step)) if type(self.optimizer).__module__.startswith("torch.") else step
+            self.optimizer.state[parameter] = {"step": counter, **own}

@@ -1,0 +1,174 @@
+"""DeepSpeed ZeRO: filling its configuration, whole tensors out of shares, optimizer state by name.
+
+The only file that imports deepspeed. Its bf16 and fp16 modes stay off, because they cast every parameter, adapters
+included; dtypes are ours.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import Any
+
+import deepspeed
+import torch
+from deepspeed.utils import safe_get_full_optimizer_state, set_z3_leaf_modules
+from torch import Tensor, nn
+
+from qlora.distributed.collectives import is_partitioned
+from qlora.errors import LaunchError
+
+
+def prepare_environment() -> None:
+    """Quieten DeepSpeed's per-rank chatter and choose its CPU accelerator where there is no GPU. Rank-local."""
+    logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+    if not torch.cuda.is_available():
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
+
+
+def fill_config(
+    plugin: Any,
+    *,
+    micro_batch_size: int,
+    gradient_accumulation_steps: int,
+    gradient_clipping: float,
+    world_size: int,
+) -> int:
+    """Put the job's numbers where the DeepSpeed JSON says `auto`. Rank-local. Returns the ZeRO stage.
+
+    Raises:
+        LaunchError: the JSON states a number that contradicts the job file, or turns on a dtype mode.
+    """
+    config = plugin.deepspeed_config
+    for mode in ("bf16", "fp16"):
+        if config.get(mode, {}).get("enabled"):
+            raise LaunchError(
+                f"{mode}.enabled would cast the adapters",
+                place="DeepSpeed JSON",
+                next_step=f"remove {mode}: the job file's model.dtype decides",
+            )
+    values: dict[str, float] = {
+        "train_micro_batch_size_per_gpu": micro_batch_size,
+        "gradient_accumulation_steps": gradient_accumulation_steps,
+        "gradient_clipping": gradient_clipping,
+        "train_batch_size": micro_batch_size * gradient_accumulation_steps * world_size,
+    }
+    for key, value in values.items():
+        stated = config.get(key, "auto")
+        if stated != "auto" and float(stated) != float(value):
+            raise LaunchError(
+                f"{key} contradicts the job file",
+                place="DeepSpeed JSON",
+                found=stated,
+                wanted=f"auto, or {value}",
+                next_step="say `auto` in the JSON; the job file decides",
+            )
+        config[key] = value
+    # Accelerate tells transformers of ZeRO-3 through this object, and transformers then builds every model by its own
+    # zero.Init, weights included (transformers 5.23). Loading is ours.
+    plugin.dschf = None
+    return int(config["zero_optimization"]["stage"])
+
+
+def mark_leaves(model: nn.Module, classes: Sequence[type]) -> None:
+    """Let ZeRO-3 gather each module of these classes by one hook, with all that is inside it. Rank-local.
+
+    DeepSpeed reduces a leaf's gradients in the module's backward hook, which torch fires when the gradient of the
+    module's input is there. Where no input needs one, as in the first layer over a frozen embedding, it fires before
+    the parameters' gradients exist, and the step fails on a gradient of size 0 (DeepSpeed 0.19.8). So the input of a
+    leaf always asks for a gradient.
+    """
+    for leaf in set_z3_leaf_modules(model, list(classes), raise_if_not_found=False):
+        leaf.register_forward_pre_hook(_ask_for_input_gradient)
+
+
+def _ask_for_input_gradient(module: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...] | None:
+    tensors = [x for x in inputs if isinstance(x, Tensor) and x.is_floating_point()]
+    if not torch.is_grad_enabled() or any(x.requires_grad for x in tensors):
+        return None
+    return tuple(x.detach().requires_grad_() if isinstance(x, Tensor) and x.is_floating_point() else x for x in inputs)
+
+
+def gathered(parameters: Iterable[nn.Parameter]) -> AbstractContextManager[Any]:
+    """Parameters are whole inside the context, for reading. Collective where any of them is partitioned."""
+    partitioned = [p for p in parameters if is_partitioned(p)]
+    return deepspeed.zero.GatheredParameters(partitioned) if partitioned else nullcontext()
+
+
+class ZeroEngine:
+    """A DeepSpeed engine of stage 1, 2 or 3. Implements `runtime.Engine`."""
+
+    def __init__(self, model: Any, parameters: dict[str, nn.Parameter]) -> None:
+        self.model, self.parameters = model, parameters
+
+    @contextmanager
+    def micro_step(self, *, last: bool) -> Iterator[None]:
+        self.model.set_gradient_accumulation_boundary(last)
+        yield
+
+    def backward(self, loss: Tensor) -> None:
+        # The loss is already divided by the step's global token count: dividing by the accumulation count as well
+        # would make the gradients too small by that factor.
+        self.model.backward(loss, scale_wrt_gas=False)
+
+    def step(self, learning_rate: float) -> Tensor:
+        for group in self.model.optimizer.param_groups:
+            group["lr"] = learning_rate
+        self.model.step()
+        norm = self.model.get_global_grad_norm()
+        return norm.detach().float() if isinstance(norm, Tensor) else torch.tensor(float(norm))
+
+    def optimizer_state(self, name: str) -> dict[str, Tensor]:
+        inner = self.model.optimizer.optimizer
+        if not any("exp_avg" in state for state in inner.state.values()):
+            return {}
+        shape = getattr(self.parameters[name], "ds_shape", self.parameters[name].shape)
+        state = {}
+        for key in ("exp_avg", "exp_avg_sq"):
+            value = safe_get_full_optimizer_state(self.parameters[name], key)
+            state[key] = value.detach().reshape(shape).clone()
+        return state
+
+    def load_optimizer_state(self, states: dict[str, dict[str, Tensor]], step: int) -> None:
+        self._materialize(step)
+        for name, state in states.items():
+            for key, value in state.items():
+                _set_share(self.parameters[name], key, value)
+
+    def _materialize(self, step: int) -> None:
+        """Create the state that DeepSpeed's inner optimizer would create at its first step."""
+        zero = self.model.optimizer
+        inner = zero.optimizer
+        flats = (
+            zero.fp32_partitioned_groups_flat
+            if hasattr(zero, "fp32_partitioned_groups_flat")
+            else zero.single_partition_of_fp32_groups
+        )
+        counter: Any = torch.tensor(float(step)) if type(inner).__module__.startswith("torch.") else step
+        for flat in flats:
+            inner.state[flat] = {
+                "step": counter.clone() if isinstance(counter, Tensor) else counter,
+                "exp_avg": torch.zeros_like(flat.data),
+                "exp_avg_sq": torch.zeros_like(flat.data),
+            }
+        # Stages 1 and 2 link parameters to their fragments of the state only after a first step (DeepSpeed 0.19.8).
+        link = getattr(zero, "_lazy_init_hp_params_optimizer_state", None)
+        if link is not None:
+            link()
+
+
+def _set_share(parameter: nn.Parameter, key: str, whole: Tensor) -> None:
+    """Write this rank's share of a whole optimizer state tensor."""
+    if not is_partitioned(parameter):
+        parameter.set_full_hp_param(whole, key)  # type: ignore[attr-defined]
+        return
+    # DeepSpeed's own setter for whole tensors cuts past the end on the last rank where the number of elements is no
+    # multiple of the number of ranks (0.19.8), so the padded share is cut here and set locally.
+    share = parameter.ds_tensor.numel()  # type: ignore[attr-defined]
+    rank, world_size = torch.distributed.get_rank(), torch.distributed.get_world_size()
+    padded = torch.zeros(share * world_size, dtype=torch.float32)
+    padded[: whole.numel()] = whole.reshape(-1)
+    own = padded[share * rank : share * (rank + 1)]
+    parameter._z3_optimizer.set_local_hp_param(own.to(whole.device), parameter, key)  # type: ignore[attr-defined]

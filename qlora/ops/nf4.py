@@ -1,0 +1,256 @@
+"""4-bit block quantization: weights to packed bytes and back, through bitsandbytes' kernels.
+
+A weight of n elements becomes n/2 packed bytes and one scale (absmax) for every `block_size` elements. With double
+quantization the scales are themselves stored in 8 bits, with one fp32 scale for every 256 of them and one fp32 mean.
+
+All that is needed besides the packed bytes is kept in one flat uint8 tensor, the statistics, so that no cast can touch
+it and one collective can carry it. Its layout, with nb blocks:
+
+    double quantization:  [mean fp32: 4 bytes][nested absmax fp32: 4*ceil(nb/256)][absmax uint8: nb]
+    otherwise:            [absmax fp32: 4*nb]
+
+The tables (16 values of NF4 or FP4, 256 of the 8-bit code) are constants of the format and are not stored.
+This is the only file that imports bitsandbytes. QLoRA paper: Dettmers et al. 2023, section 3.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from qlora.errors import BaseModelError
+
+# On CPUs with AVX512-BF16 bitsandbytes 0.50 warns at import that an optional inference kernel, which nothing here
+# uses, is not installed.
+_cpu_log = logging.getLogger("bitsandbytes.backends.cpu.ops")
+_level, _cpu_log.level = _cpu_log.level, logging.ERROR
+import bitsandbytes  # noqa: E402
+
+_cpu_log.level = _level
+
+NESTED_BLOCK_SIZE = 256
+# Quantizing goes through the weight in pieces of this many elements, so that only a piece is ever held in 16 bits.
+CHUNK_ELEMENTS = 1 << 22
+
+BnbLinear4bit = bitsandbytes.nn.Linear4bit
+
+STATE_DICT_SUFFIXES = (".absmax", ".quant_map", ".nested_absmax", ".nested_quant_map")
+
+
+@dataclass(frozen=True)
+class QuantSpec:
+    """How one weight is quantized. Equal specs and equal weights give equal bytes."""
+
+    quant_type: str = "nf4"
+    block_size: int = 64
+    double_quant: bool = True
+    storage: torch.dtype = torch.uint8
+
+    def packed_shape(self, num_elements: int) -> tuple[int, int]:
+        """Shape of the packed tensor as bitsandbytes stores it, (bytes / itemsize, 1)."""
+        num_bytes = (num_elements + 1) // 2
+        if num_bytes % self.storage.itemsize:
+            raise BaseModelError(
+                f"a weight of {num_elements} elements cannot be stored as {self.storage}",
+                next_step="set model.quantization.quant_storage to uint8",
+            )
+        return num_bytes // self.storage.itemsize, 1
+
+    def num_blocks(self, num_elements: int) -> int:
+        """Number of scales."""
+        return -(-num_elements // self.block_size)
+
+    def statistics_bytes(self, num_elements: int) -> int:
+        """Bytes of the statistics tensor."""
+        num_blocks = self.num_blocks(num_elements)
+        if not self.double_quant:
+            return 4 * num_blocks
+        return 4 + 4 * -(-num_blocks // NESTED_BLOCK_SIZE) + num_blocks
+
+
+def quantize_blocks(weight: Tensor, spec: QuantSpec) -> tuple[Tensor, Tensor]:
+    """Quantize whole blocks. Rank-local.
+
+    Args:
+        weight: any shape, float; its number of elements is a multiple of the block size unless it is the end of a weight.
+
+    Returns:
+        packed uint8 ((n+1)//2,), scales fp32 (ceil(n/block_size),).
+    """
+    packed, absmax = torch.ops.bitsandbytes.quantize_4bit.default(
+        weight.reshape(-1), spec.block_size, spec.quant_type, torch.uint8
+    )
+    return packed.reshape(-1), absmax.reshape(-1)
+
+
+def pack_statistics(absmax: Tensor, spec: QuantSpec) -> Tensor:
+    """Turn the fp32 scales (nb,) of a whole weight into the statistics tensor (uint8, flat)."""
+    if not spec.double_quant:
+        return absmax.view(torch.uint8)
+    # The same three steps as bitsandbytes.functional.quantize_4bit with compress_statistics.
+    mean = absmax.mean()
+    codes, nested = torch.ops.bitsandbytes.quantize_blockwise.default(
+        absmax - mean, dynamic_code(absmax.device), NESTED_BLOCK_SIZE
+    )
+    return torch.cat([mean.reshape(1).view(torch.uint8), nested.view(torch.uint8), codes])
+
+
+def quantize(weight: Tensor, spec: QuantSpec) -> tuple[Tensor, Tensor]:
+    """Quantize a whole weight piece by piece.
+
+    Returns:
+        packed (storage dtype, `spec.packed_shape`), statistics (uint8, flat); the same bytes as bitsandbytes' own.
+    """
+    flat = weight.reshape(-1)
+    packed = torch.empty((flat.numel() + 1) // 2, dtype=torch.uint8, device=flat.device)
+    absmax = torch.empty(spec.num_blocks(flat.numel()), dtype=torch.float32, device=flat.device)
+    for start in range(0, flat.numel(), CHUNK_ELEMENTS):
+        piece = flat[start : start + CHUNK_ELEMENTS]
+        place = start // spec.block_size
+        piece_packed, piece_absmax = quantize_blocks(piece, spec)
+        packed[start // 2 : start // 2 + piece_packed.numel()] = piece_packed
+        absmax[place : place + piece_absmax.numel()] = piece_absmax
+    return packed.view(spec.storage).reshape(spec.packed_shape(flat.numel())), pack_statistics(absmax, spec)
+
+
+def unpack_absmax(statistics: Tensor, spec: QuantSpec, num_elements: int) -> Tensor:
+    """The fp32 scales (nb,) a statistics tensor stands for."""
+    if not spec.double_quant:
+        return statistics.view(torch.float32)
+    mean, nested, codes = split_statistics(statistics, spec, num_elements)
+    absmax = torch.ops.bitsandbytes.dequantize_blockwise.default(
+        codes, nested, dynamic_code(statistics.device), NESTED_BLOCK_SIZE, torch.float32
+    )
+    return absmax.add_(mean)
+
+
+def split_statistics(statistics: Tensor, spec: QuantSpec, num_elements: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Views (mean fp32 (1,), nested absmax fp32 (m,), absmax uint8 (nb,)) of double-quantized statistics."""
+    num_blocks = spec.num_blocks(num_elements)
+    end = 4 + 4 * -(-num_blocks // NESTED_BLOCK_SIZE)
+    return statistics[:4].view(torch.float32), statistics[4:end].view(torch.float32), statistics[end:]
+
+
+def dequantize(packed: Tensor, statistics: Tensor, spec: QuantSpec, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    """The weight (shape, dtype) that packed bytes and statistics stand for. Allocates only the result and the scales."""
+    absmax = unpack_absmax(statistics, spec, math.prod(shape))
+    return torch.ops.bitsandbytes.dequantize_4bit.default(
+        packed.view(torch.uint8), absmax, spec.block_size, spec.quant_type, shape, dtype
+    )
+
+
+def dynamic_code(device: torch.device) -> Tensor:
+    """bitsandbytes' signed 8-bit dynamic map (256,), fp32, which double quantization stores the scales with."""
+    if device not in _dynamic_codes:
+        _dynamic_codes[device] = bitsandbytes.functional.create_dynamic_map().to(device)
+    return _dynamic_codes[device]
+
+
+_dynamic_codes: dict[torch.device, Tensor] = {}
+
+
+def to_bitsandbytes(statistics: Tensor, spec: QuantSpec, shape: tuple[int, ...], dtype: torch.dtype) -> dict[str, Tensor]:
+    """The entries bitsandbytes writes beside a packed weight, by suffix of the weight's key.
+
+    Args:
+        shape, dtype: of the weight before it was quantized.
+    """
+    num_elements = math.prod(shape)
+    state: dict[str, object] = {
+        "quant_type": spec.quant_type,
+        "blocksize": spec.block_size,
+        "dtype": str(dtype).removeprefix("torch."),
+        "shape": list(shape),
+    }
+    code = bitsandbytes.functional.get_4bit_type(spec.quant_type, device=statistics.device)
+    if spec.double_quant:
+        mean, nested, absmax = split_statistics(statistics, spec, num_elements)
+        state |= {"nested_blocksize": NESTED_BLOCK_SIZE, "nested_dtype": "float32", "nested_offset": mean.item()}
+        tensors = {
+            ".absmax": absmax,
+            ".quant_map": code,
+            ".nested_absmax": nested,
+            ".nested_quant_map": dynamic_code(statistics.device).clone(),
+        }
+    else:
+        tensors = {".absmax": statistics.view(torch.float32), ".quant_map": code}
+    text = json.dumps(state).encode()
+    tensors[f".quant_state.bitsandbytes__{spec.quant_type}"] = torch.tensor(list(text), dtype=torch.uint8)
+    return tensors
+
+
+def from_bitsandbytes(
+    packed: Tensor, entries: Mapping[str, Tensor], place: str
+) -> tuple[Tensor, Tensor, QuantSpec, tuple[int, ...]]:
+    """Read what bitsandbytes wrote beside a packed weight (suffix of the weight's key -> tensor).
+
+    Returns:
+        packed, statistics, spec, shape of the weight.
+
+    Raises:
+        BaseModelError: an entry is missing, or a table is not the one of the format.
+    """
+    key = next((name for name in entries if name.startswith(".quant_state.bitsandbytes__")), None)
+    if key is None or ".absmax" not in entries:
+        raise BaseModelError("the 4-bit weight has no quantization state", place=place, found=sorted(entries))
+    state = json.loads(bytes(entries[key].tolist()))
+    spec = QuantSpec(state["quant_type"], state["blocksize"], ".nested_absmax" in entries, packed.dtype)
+    shape = tuple(state["shape"])
+    device = packed.device
+    tables = [(".quant_map", bitsandbytes.functional.get_4bit_type(spec.quant_type, device=device))]
+    if spec.double_quant:
+        tables.append((".nested_quant_map", dynamic_code(device)))
+        if state["nested_blocksize"] != NESTED_BLOCK_SIZE:
+            raise BaseModelError("unknown nested block size", place=place, found=state["nested_blocksize"], wanted=256)
+    for suffix, table in tables:
+        if suffix in entries and not torch.allclose(entries[suffix].to(device).float(), table, atol=1e-6):
+            raise BaseModelError(f"the table {suffix[1:]} is not the one of {spec.quant_type}", place=place)
+    absmax = entries[".absmax"].to(device)
+    if spec.double_quant:
+        mean = torch.tensor([state["nested_offset"]], dtype=torch.float32, device=device)
+        nested = entries[".nested_absmax"].to(device, torch.float32)
+        statistics = torch.cat([mean.view(torch.uint8), nested.view(torch.uint8), absmax])
+    else:
+        statistics = absmax.to(torch.float32).view(torch.uint8)
+    if statistics.numel() != spec.statistics_bytes(math.prod(shape)):
+        raise BaseModelError(
+            "the 4-bit weight's scales do not fit its shape",
+            place=place,
+            found=f"{statistics.numel()} bytes",
+            wanted=f"{spec.statistics_bytes(math.prod(shape))} bytes for {shape}",
+        )
+    return packed, statistics, spec, shape
+
+
+def from_linear4bit(linear: Any, place: str) -> tuple[Tensor, Tensor, QuantSpec, tuple[int, ...]]:
+    """Take the weight out of a bitsandbytes Linear4bit: packed, statistics, spec, shape. Copies nothing but scales.
+
+    Raises:
+        BaseModelError: not quantized yet, or an evaluation on this CPU has repacked the weight in place
+            (bitsandbytes 0.50 does so in Linear4bit.forward where AVX512-BF16 is there).
+    """
+    weight = linear.weight
+    state = getattr(weight, "quant_state", None)
+    if state is None:
+        raise BaseModelError("the 4-bit layer is not quantized yet", place=place, next_step="move the model to its device")
+    if getattr(state, "packing_format_for_cpu", False):
+        raise BaseModelError(
+            "bitsandbytes has repacked this weight for inference, and no gradient passes through it any more",
+            place=place,
+            next_step="inject LoRA before the model is evaluated, or load the base with qlora.load_base",
+        )
+    entries = {f".{name}": value for name, value in state.as_dict(packed=True).items() if isinstance(value, Tensor)}
+    return from_bitsandbytes(weight.data, entries, place)
+
+
+def bitsandbytes_optimizer(name: str) -> type[torch.optim.Optimizer]:
+    """bitsandbytes' optimizer of a name of the job file. GPU only."""
+    classes = {"adamw_8bit": "AdamW8bit", "paged_adamw": "PagedAdamW", "paged_adamw_8bit": "PagedAdamW8bit"}
+    return getattr(bitsandbytes.optim, classes[name])

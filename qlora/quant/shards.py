@@ -1,0 +1,197 @@
+"""Reading safetensors files piece by piece, with plain reads.
+
+Files are not memory-mapped: mapped pages count as resident memory until the file is closed, and a base is larger than
+what a rank may hold. A tensor, or any run of its elements, is read straight into the buffer it belongs to.
+
+Format: 8 bytes little-endian header length, a JSON header {name: {dtype, shape, data_offsets}}, then the data.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from qlora.errors import BaseModelError
+
+MAX_HEADER_BYTES = 100_000_000
+DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+}
+INDEX_NAME = "model.safetensors.index.json"
+
+
+@dataclass(frozen=True)
+class TensorEntry:
+    """Where one tensor lies. `offset` counts bytes from the start of the file."""
+
+    name: str
+    file: Path
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    offset: int
+
+    @property
+    def num_elements(self) -> int:
+        return math.prod(self.shape)
+
+    @property
+    def num_bytes(self) -> int:
+        return self.num_elements * self.dtype.itemsize
+
+    def read(self, start: int = 0, stop: int | None = None) -> Tensor:
+        """Elements [start, stop) of the flattened tensor, as a flat tensor on the CPU. Reads no other byte.
+
+        Raises:
+            BaseModelError: the file ends early.
+        """
+        stop = self.num_elements if stop is None else stop
+        out = torch.empty(stop - start, dtype=self.dtype)
+        if out.numel() == 0:
+            return out
+        view = memoryview(out.view(torch.uint8).numpy())  # type: ignore[arg-type]
+        with open(self.file, "rb", buffering=0) as file:
+            file.seek(self.offset + start * self.dtype.itemsize)
+            done = 0
+            while done < len(view):
+                count = file.readinto(view[done:])
+                if not count:
+                    raise BaseModelError(f"the file ends inside {self.name}", place=str(self.file))
+                done += count
+        return out
+
+    def read_whole(self) -> Tensor:
+        """The tensor in its shape, on the CPU."""
+        return self.read().reshape(self.shape)
+
+
+def read_header(file: Path) -> dict[str, TensorEntry]:
+    """The tensors of one safetensors file; see `read_header_and_metadata`."""
+    return read_header_and_metadata(file)[0]
+
+
+def read_header_and_metadata(file: Path) -> tuple[dict[str, TensorEntry], dict[str, str]]:
+    """The tensors of one safetensors file, and its free-form metadata. Reads the header alone.
+
+    Raises:
+        BaseModelError: not a safetensors file, damaged, truncated, or of an unknown dtype.
+    """
+    size = file.stat().st_size
+    with open(file, "rb") as stream:
+        length = int.from_bytes(stream.read(8), "little")
+        if size < 8 or length > min(MAX_HEADER_BYTES, size - 8):
+            raise BaseModelError("not a safetensors file, or cut short", place=str(file), found=f"{size} bytes")
+        raw = stream.read(length)
+    try:
+        header = json.loads(raw, object_pairs_hook=_refuse_duplicates)
+        metadata = header.pop("__metadata__", None) or {}
+        entries = {}
+        for name, item in header.items():
+            begin, end = item["data_offsets"]
+            entry = TensorEntry(name, file, DTYPES[item["dtype"]], tuple(item["shape"]), 8 + length + begin)
+            if end - begin != entry.num_bytes:
+                raise ValueError(f"{name} has {end - begin} bytes, its shape needs {entry.num_bytes}")
+            if 8 + length + end > size:
+                raise BaseModelError(
+                    f"the file is cut short inside {name}", place=str(file), found=f"{size} bytes",
+                    wanted=f"at least {8 + length + end}", next_step="download or copy the file again",
+                )  # fmt: skip
+            entries[name] = entry
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise BaseModelError(f"damaged safetensors header: {error}", place=str(file)) from error
+    return entries, metadata
+
+
+def _refuse_duplicates(pairs: list[tuple[str, object]]) -> dict[str, object]:
+    table = dict(pairs)
+    if len(table) != len(pairs):
+        raise ValueError("a key stands twice")
+    return table
+
+
+def find_weight_files(folder: Path) -> list[Path]:
+    """The safetensors files of a model folder, by its index where there is one.
+
+    Raises:
+        BaseModelError: none there, or the index names a file that is missing.
+    """
+    index = folder / INDEX_NAME
+    if index.is_file():
+        try:
+            names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+        except (ValueError, KeyError, AttributeError) as error:
+            raise BaseModelError(f"damaged index: {error}", place=str(index)) from error
+        files = [folder / name for name in names]
+        missing = [file.name for file in files if file.parent != folder or not file.is_file()]
+        if missing:
+            raise BaseModelError(
+                "the index names files that are not there", place=str(index), found=", ".join(missing[:5]),
+                next_step="download or copy them, or mend the index",
+            )  # fmt: skip
+        return files
+    single = folder / "model.safetensors"
+    return [single] if single.is_file() else []
+
+
+def read_entries(folder: Path) -> dict[str, TensorEntry]:
+    """All tensors of a model folder by name.
+
+    Raises:
+        BaseModelError: files missing or damaged, a tensor in two files, or one the index names and no file holds.
+    """
+    entries: dict[str, TensorEntry] = {}
+    for file in find_weight_files(folder):
+        for name, entry in read_header(file).items():
+            if name in entries:
+                raise BaseModelError(f"{name} is in {entries[name].file.name} and in {file.name}", place=str(folder))
+            entries[name] = entry
+    index = folder / INDEX_NAME
+    if index.is_file():
+        lost = sorted(set(json.loads(index.read_text())["weight_map"]) - set(entries))
+        if lost:
+            raise BaseModelError(
+                f"the index names {len(lost)} tensors that no file holds", place=str(index), found=", ".join(lost[:5])
+            )
+    return entries
+
+
+def fingerprint(folder: Path, files: Iterable[Path]) -> str:
+    """A hash that tells two bases apart without reading them whole: config, headers, sizes, and samples of the data.
+
+    From each tensor, its first, middle and last 256 bytes are taken. Rank-local; equal for equal folders anywhere.
+    """
+    digest = hashlib.sha256()
+    config = json.loads((folder / "config.json").read_text())
+    for volatile in ("_name_or_path", "transformers_version", "torch_dtype", "dtype"):
+        config.pop(volatile, None)
+    digest.update(json.dumps(config, sort_keys=True).encode())
+    entries = {name: entry for file in files for name, entry in read_header(file).items()}
+    by_file: dict[Path, list[TensorEntry]] = {}
+    for name in sorted(entries):
+        entry = entries[name]
+        digest.update(f"{name} {entry.dtype} {entry.shape}".encode())
+        by_file.setdefault(entry.file, []).append(entry)
+    for _, group in sorted(by_file.items(), key=lambda item: item[1][0].name):
+        with open(group[0].file, "rb", buffering=0) as stream:
+            for entry in group:
+                for start in (0, max(0, entry.num_bytes // 2 - 128), max(0, entry.num_bytes - 256)):
+                    stream.seek(entry.offset + start)
+                    digest.update(stream.read(min(256, entry.num_bytes)))
+    return digest.hexdigest()

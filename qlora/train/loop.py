@@ -1,0 +1,78 @@
+"""The training loop, whole."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from qlora.config.schema import JobConfig
+from qlora.data.loader import TrainLoader
+from qlora.data.sampler import Position
+from qlora.distributed.runtime import Engine, Runtime
+from qlora.errors import QloraError
+from qlora.train.hooks import Hook
+from qlora.train.optim import learning_rate_at
+from qlora.train.preempt import StopFlag
+from qlora.train.step import Counters, StepResult, run_step
+
+
+@dataclass
+class Job:
+    """Everything a run consists of, put together by `train.setup`."""
+
+    config: JobConfig
+    runtime: Runtime
+    engine: Engine
+    loader: TrainLoader
+    hooks: Sequence[Hook]
+    num_steps: int
+    position: Position
+    counters: Counters
+    stop: StopFlag
+
+
+def train(job: Job) -> Literal["done", "stopped"]:
+    """Train to the last step, or until a rank is asked to stop. Collective.
+
+    Raises:
+        QloraError: the loss is not finite.
+    """
+    first = job.loader.schedule.step_at(job.position)
+    for hook in job.hooks:
+        hook.start(job.num_steps, first)
+    outcome: Literal["done", "stopped"] = "done"
+    result: StepResult | None = None
+    if first < job.num_steps:
+        for batches in job.loader.batches(job.position):
+            result = run_step(
+                job.engine,
+                job.runtime,
+                batches,
+                job.counters,
+                learning_rate=learning_rate_at(batches.step, job.config.train, job.num_steps),
+                seed=job.config.train.seed,
+                stop_flag=job.stop.requested,
+            )
+            refuse_nonfinite(result)
+            is_last = result.step >= job.num_steps
+            for hook in job.hooks:
+                hook.after_step(result, is_last=is_last)
+            if is_last:
+                break
+            if result.stop_requested:
+                outcome = "stopped"
+                break
+    for hook in job.hooks:
+        hook.finish(result, outcome)
+    return outcome
+
+
+def refuse_nonfinite(result: StepResult) -> None:
+    """Stop before a broken update is saved. The loss is the same on every rank, so all stop together."""
+    if not abs(result.loss) < float("inf") or not abs(result.grad_norm) < float("inf"):
+        raise QloraError(
+            f"the loss or its gradient is not finite at step {result.step}",
+            found=f"loss {result.loss}, gradient norm {result.grad_norm}",
+            next_step="resume from the last checkpoint with a lower train.learning_rate, or look at the data there",
+        )

@@ -1,0 +1,106 @@
+"""The run directory: a lock that dies with its owner, status.json, metrics.jsonl, the resolved config."""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import socket
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+from qlora.errors import CheckpointError, ConfigError
+from qlora.files import write_file
+
+
+class RunDir:
+    """The folder of one run, owned by the main rank of the running job.
+
+    Raises:
+        CheckpointError: another job holds the folder. ConfigError: it cannot be written to.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        try:
+            path.mkdir(parents=True, exist_ok=True)
+            self._lock = open(path / "LOCK", "a+", encoding="utf-8")  # noqa: SIM115 (held for the life of the job)
+        except OSError as error:
+            raise ConfigError(
+                f"the folder cannot be written to ({error.strerror})", place=f"train.output_dir: {path}"
+            ) from error
+        try:
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            self._lock.seek(0)
+            owner = self._lock.read().strip() or "another process"
+            self._lock.close()
+            raise CheckpointError(
+                "another job is running in this folder",
+                place=str(path),
+                found=owner,
+                next_step="wait for it, stop it, or choose another train.output_dir",
+            ) from None
+        self._lock.truncate(0)
+        started = time.strftime("%Y-%m-%dT%H:%M:%S%z")
+        self._lock.write(json.dumps({"host": socket.gethostname(), "pid": os.getpid(), "start": started}) + "\n")
+        self._lock.flush()
+
+    def write_config(self, text: str) -> None:
+        """The resolved job."""
+        write_file(self.path / "config.yaml", text.encode())
+
+    def write_status(
+        self,
+        state: str,
+        step: int,
+        *,
+        num_steps: int | None = None,
+        exit_code: int | None = None,
+        reason: str | None = None,
+        resumable: bool = False,
+    ) -> None:
+        """How the run stands: running, done, stopped or failed."""
+        status = {
+            "state": state,
+            "step": step,
+            "num_steps": num_steps,
+            "exit_code": exit_code,
+            "reason": reason,
+            "resumable": resumable,
+            "host": socket.gethostname(),
+            "pid": os.getpid(),
+            "time": time.time(),
+        }
+        write_file(self.path / "status.json", (json.dumps(status, indent=2) + "\n").encode())
+
+    def close(self) -> None:
+        """Give the folder up."""
+        self._lock.close()
+
+
+class MetricsWriter:
+    """Appends rows to metrics.jsonl, each flushed, and hands them to the trackers. Never ends a run by failing."""
+
+    def __init__(self, path: Path, accelerator: Any = None) -> None:
+        self.path, self.accelerator, self.warned = path, accelerator, False
+
+    def write(self, row: dict[str, Any]) -> None:
+        """Append one row. A full disk or a tracker that is down warns once."""
+        try:
+            with open(self.path, "a", encoding="utf-8") as file:
+                file.write(json.dumps(row) + "\n")
+        except OSError as error:
+            self._warn(f"{self.path} cannot be written ({error.strerror}); training goes on without it")
+        if self.accelerator is not None and self.accelerator.trackers:
+            try:
+                self.accelerator.log({k: v for k, v in row.items() if k not in ("step", "time")}, step=row["step"])
+            except Exception as error:  # a tracker's own errors have no common type
+                self._warn(f"a tracker failed ({type(error).__name__}: {error}); training goes on")
+
+    def _warn(self, text: str) -> None:
+        if not self.warned:
+            print(f"warning: {text}", file=sys.stderr, flush=True)
+            self.warned = True

@@ -1,0 +1,105 @@
+"""One optimizer step: forward and backward over its micro-batches, then one update.
+
+The loss of a step is the sum over the target tokens of all ranks and micro-steps, divided by their global count. That
+count is known before the first forward pass, so every micro-step's gradient is already in its final scale: ranks and
+accumulation only add up.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import time
+from dataclasses import dataclass
+
+import torch
+
+from qlora.data.loader import StepBatches
+from qlora.data.sampler import Position
+from qlora.distributed.runtime import Engine, Runtime
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """What one optimizer step was; hooks read it.
+
+    Attributes:
+        step: steps done, this one included.
+        epoch: epochs done.
+        loss: nats per target token over all ranks, before the update.
+        grad_norm: over all ranks, before clipping.
+        learning_rate: that the update used.
+        num_tokens, num_target_tokens: so far, over all ranks and steps.
+        step_tokens: of this step, over all ranks.
+        step_seconds: wall clock.
+        position: where the data stands now.
+        stop_requested: some rank was asked to stop.
+    """
+
+    step: int
+    epoch: float
+    loss: float
+    grad_norm: float
+    learning_rate: float
+    num_tokens: int
+    num_target_tokens: int
+    step_tokens: int
+    step_seconds: float
+    position: Position
+    stop_requested: bool
+
+
+@dataclass
+class Counters:
+    """Totals that a run carries along."""
+
+    num_tokens: int = 0
+    num_target_tokens: int = 0
+
+
+def run_step(
+    engine: Engine,
+    runtime: Runtime,
+    batches: StepBatches,
+    counters: Counters,
+    *,
+    learning_rate: float,
+    seed: int,
+    stop_flag: bool = False,
+) -> StepResult:
+    """Do one optimizer step. Collective."""
+    start = time.perf_counter()
+    # Ranks average their gradients, so the factor of the number of ranks makes that a sum.
+    factor = runtime.world_size / batches.global_num_target_tokens
+    totals = torch.zeros(2, dtype=torch.float64, device=runtime.device)
+    num_micro_steps = len(batches.micro_batches)
+    for micro_step, batch in enumerate(batches.micro_batches):
+        seed_step(seed, batches.step, micro_step, runtime.rank)
+        with engine.micro_step(last=micro_step == num_micro_steps - 1):
+            loss_sum, _ = engine.model(batch.to(runtime.device))
+            engine.backward(loss_sum * factor)
+        totals[0] += loss_sum.detach()
+    grad_norm = engine.step(learning_rate)
+    totals[1] = float(stop_flag)
+    runtime.sum(totals)
+    loss, stops = (totals / torch.tensor([batches.global_num_target_tokens, 1.0], device=totals.device)).tolist()
+    counters.num_tokens += batches.global_num_tokens
+    counters.num_target_tokens += batches.global_num_target_tokens
+    return StepResult(
+        step=batches.step + 1,
+        epoch=batches.epoch,
+        loss=loss,
+        grad_norm=float(grad_norm),
+        learning_rate=learning_rate,
+        num_tokens=counters.num_tokens,
+        num_target_tokens=counters.num_target_tokens,
+        step_tokens=batches.global_num_tokens,
+        step_seconds=time.perf_counter() - start,
+        position=batches.position_after,
+        stop_requested=stops > 0,
+    )
+
+
+def seed_step(seed: int, step: int, micro_step: int, rank: int) -> None:
+    """Make what is drawn in a micro-step (dropout) a function of where it is, so that a resume draws the same."""
+    digest = hashlib.sha256(f"{seed}/{step}/{micro_step}/{rank}".encode()).digest()
+    torch.manual_seed(int.from_bytes(digest[:8], "little") >> 1)
