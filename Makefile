@@ -21,6 +21,14 @@ $(VENV)/.made: pyproject.toml constraints.txt
 
 venv: $(VENV)/.made
 
+# One rank a GPU; two ranks over gloo where there is none.
+quickstart: venv
+	$(BIN)/python -m qlora.assets.quickstart data runs/quickstart-data
+	$(LAUNCH) --config_file launch/accelerate/ddp.yaml --main_process_port 0 \
+	  --num_processes $$($(BIN)/python -c "import torch; print(torch.cuda.device_count() or 2)") \
+	  -m qlora train configs/quickstart.yaml
+	$(BIN)/python -m qlora.assets.quickstart show runs/quickstart runs/quickstart-data
+
 test: venv
 	$(BIN)/python -m pytest
 
@@ -32,6 +40,11 @@ lint: venv
 format: venv
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+
+bench: venv
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[bench]' --constraint constraints.txt
+	$(BIN)/python benchmarks/load_memory.py
+	$(BIN)/python benchmarks/against_trl.py
 
 clean:
 	rm -rf $(VENV) runs

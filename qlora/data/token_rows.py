@@ -44,9 +44,9 @@ class TokenRow:
 def encode_rows(tokenizer: PreTrainedTokenizerBase, rows: Sequence[RenderedRow]) -> list[TokenRow | None]:
     """Tokenize rows together, which the fast tokenizers do on all cores. Rank-local.
 
-    A token is a target where any character of it is in a target span, and between two such tokens of one span: white
-    space may have no characters of its own in a tokenizer's offsets. Flags come from places, never from token ids, so
-    that an end-of-turn token stays a target where it also serves as padding.
+    A token is a target where any character of it is in a target span, or where it stands inside one without characters of
+    its own, as white space does in some tokenizers' offsets. Flags come from places, never from token ids, so that an
+    end-of-turn token stays a target where it also serves as padding.
 
     Returns:
         A row of tokens for each row, None where there is not one token.
@@ -109,9 +109,7 @@ def _token_row(row: RenderedRow, input_ids: list[int], offsets: Any, eos_token_i
         starts, stops = np.asarray(offsets, dtype=np.int64).reshape(-1, 2).T
         for first, past_last in row.target_spans:
             # White space at the very start may be said to be nowhere, (0, 0).
-            inside = np.flatnonzero(((stops > first) | (first == 0)) & (starts < past_last))
-            if len(inside):
-                is_target[inside[0] : inside[-1] + 1] = True
+            is_target |= ((stops > first) | (first == 0)) & (starts < past_last)
     flags: list[bool] = is_target.tolist()
     if row.append_eos and eos_token_id is not None:
         if not input_ids or input_ids[-1] != eos_token_id:

@@ -109,6 +109,7 @@ def quantize(weight: Tensor, spec: QuantSpec) -> tuple[Tensor, Tensor]:
         packed (storage dtype, `spec.packed_shape`), statistics (uint8, flat); the same bytes as bitsandbytes' own.
     """
     flat = weight.reshape(-1)
+    packed_shape = spec.packed_shape(flat.numel())
     packed = torch.empty((flat.numel() + 1) // 2, dtype=torch.uint8, device=flat.device)
     absmax = torch.empty(spec.num_blocks(flat.numel()), dtype=torch.float32, device=flat.device)
     for start in range(0, flat.numel(), CHUNK_ELEMENTS):
@@ -117,13 +118,13 @@ def quantize(weight: Tensor, spec: QuantSpec) -> tuple[Tensor, Tensor]:
         piece_packed, piece_absmax = quantize_blocks(piece, spec)
         packed[start // 2 : start // 2 + piece_packed.numel()] = piece_packed
         absmax[place : place + piece_absmax.numel()] = piece_absmax
-    return packed.view(spec.storage).reshape(spec.packed_shape(flat.numel())), pack_statistics(absmax, spec)
+    return packed.view(spec.storage).reshape(packed_shape), pack_statistics(absmax, spec)
 
 
 def unpack_absmax(statistics: Tensor, spec: QuantSpec, num_elements: int) -> Tensor:
     """The fp32 scales (nb,) a statistics tensor stands for."""
     if not spec.double_quant:
-        return statistics.view(torch.float32)
+        return _as_floats(statistics)
     mean, nested, codes = split_statistics(statistics, spec, num_elements)
     absmax = torch.ops.bitsandbytes.dequantize_blockwise.default(
         codes, nested, dynamic_code(statistics.device), NESTED_BLOCK_SIZE, torch.float32
@@ -132,10 +133,15 @@ def unpack_absmax(statistics: Tensor, spec: QuantSpec, num_elements: int) -> Ten
 
 
 def split_statistics(statistics: Tensor, spec: QuantSpec, num_elements: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Views (mean fp32 (1,), nested absmax fp32 (m,), absmax uint8 (nb,)) of double-quantized statistics."""
+    """The parts (mean fp32 (1,), nested absmax fp32 (m,), absmax uint8 (nb,)) of double-quantized statistics."""
     num_blocks = spec.num_blocks(num_elements)
     end = 4 + 4 * -(-num_blocks // NESTED_BLOCK_SIZE)
-    return statistics[:4].view(torch.float32), statistics[4:end].view(torch.float32), statistics[end:]
+    return _as_floats(statistics[:4]), _as_floats(statistics[4:end]), statistics[end:]
+
+
+def _as_floats(raw: Tensor) -> Tensor:
+    """Bytes read as fp32. Copied where they do not lie on a float's boundary, as in a buffer gathered from shares."""
+    return (raw if raw.storage_offset() % 4 == 0 else raw.clone()).view(torch.float32)
 
 
 def dequantize(packed: Tensor, statistics: Tensor, spec: QuantSpec, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
@@ -180,7 +186,7 @@ def to_bitsandbytes(statistics: Tensor, spec: QuantSpec, shape: tuple[int, ...],
             ".nested_quant_map": dynamic_code(statistics.device).clone(),
         }
     else:
-        tensors = {".absmax": statistics.view(torch.float32), ".quant_map": code}
+        tensors = {".absmax": _as_floats(statistics), ".quant_map": code}
     text = json.dumps(state).encode()
     tensors[f".quant_state.bitsandbytes__{spec.quant_type}"] = torch.tensor(list(text), dtype=torch.uint8)
     return tensors
@@ -195,38 +201,60 @@ def from_bitsandbytes(
         packed, statistics, spec, shape of the weight.
 
     Raises:
-        BaseModelError: an entry is missing, or a table is not the one of the format.
+        BaseModelError: an entry is missing or damaged, or a table is not the one of the format.
     """
     key = next((name for name in entries if name.startswith(".quant_state.bitsandbytes__")), None)
     if key is None or ".absmax" not in entries:
         raise BaseModelError("the 4-bit weight has no quantization state", place=place, found=sorted(entries))
-    state = json.loads(bytes(entries[key].tolist()))
-    spec = QuantSpec(state["quant_type"], state["blocksize"], ".nested_absmax" in entries, packed.dtype)
-    shape = tuple(state["shape"])
+    try:
+        return _from_entries(packed, entries, json.loads(bytes(entries[key].tolist())), place)
+    except (ValueError, KeyError, TypeError, AttributeError, OverflowError) as error:
+        raise BaseModelError(f"damaged quantization state: {type(error).__name__}: {error}", place=place) from error
+
+
+def _from_entries(
+    packed: Tensor, entries: Mapping[str, Tensor], state: Mapping[str, Any], place: str
+) -> tuple[Tensor, Tensor, QuantSpec, tuple[int, ...]]:
+    spec = QuantSpec(state["quant_type"], int(state["blocksize"]), ".nested_absmax" in entries, packed.dtype)
+    shape = tuple(int(size) for size in state["shape"])
+    num_elements = math.prod(shape)
+    if spec.quant_type not in ("nf4", "fp4") or spec.block_size < 1 or min(shape, default=0) < 1:
+        raise BaseModelError("unknown kind of 4-bit weight", place=place, found=dict(state), wanted="nf4 or fp4")
+    if packed.numel() * packed.element_size() != (num_elements + 1) // 2:
+        raise BaseModelError(
+            "the packed weight does not fit its shape",
+            place=place,
+            found=f"{packed.numel() * packed.element_size()} bytes",
+            wanted=f"{(num_elements + 1) // 2} bytes for {shape}",
+        )
     device = packed.device
     tables = [(".quant_map", bitsandbytes.functional.get_4bit_type(spec.quant_type, device=device))]
+    parts = [(".absmax", spec.num_blocks(num_elements), torch.uint8 if spec.double_quant else torch.float32)]
     if spec.double_quant:
         tables.append((".nested_quant_map", dynamic_code(device)))
+        parts.append((".nested_absmax", -(-parts[0][1] // NESTED_BLOCK_SIZE), torch.float32))
         if state["nested_blocksize"] != NESTED_BLOCK_SIZE:
             raise BaseModelError("unknown nested block size", place=place, found=state["nested_blocksize"], wanted=256)
     for suffix, table in tables:
-        if suffix in entries and not torch.allclose(entries[suffix].to(device).float(), table, atol=1e-6):
+        found = entries.get(suffix)
+        same = found is None or (found.shape == table.shape and torch.allclose(found.to(table), table, atol=1e-6))
+        if not same:
             raise BaseModelError(f"the table {suffix[1:]} is not the one of {spec.quant_type}", place=place)
-    absmax = entries[".absmax"].to(device)
-    if spec.double_quant:
-        mean = torch.tensor([state["nested_offset"]], dtype=torch.float32, device=device)
-        nested = entries[".nested_absmax"].to(device, torch.float32)
-        statistics = torch.cat([mean.view(torch.uint8), nested.view(torch.uint8), absmax])
-    else:
-        statistics = absmax.to(torch.float32).view(torch.uint8)
-    if statistics.numel() != spec.statistics_bytes(math.prod(shape)):
-        raise BaseModelError(
-            "the 4-bit weight's scales do not fit its shape",
-            place=place,
-            found=f"{statistics.numel()} bytes",
-            wanted=f"{spec.statistics_bytes(math.prod(shape))} bytes for {shape}",
-        )
-    return packed, statistics, spec, shape
+    for suffix, size, dtype in parts:
+        found = entries[suffix]
+        if found.numel() != size or found.dtype != dtype:
+            raise BaseModelError(
+                "the 4-bit weight's scales do not fit its shape",
+                place=place,
+                found=f"{suffix[1:]}: {found.numel()} x {found.dtype}",
+                wanted=f"{size} x {dtype} for {shape}",
+            )
+    absmax = entries[".absmax"].to(device).reshape(-1)
+    if not spec.double_quant:
+        return packed, absmax.view(torch.uint8), spec, shape
+    mean = torch.tensor([float(state["nested_offset"])], dtype=torch.float32, device=device)
+    nested = entries[".nested_absmax"].to(device).reshape(-1)
+    return packed, torch.cat([mean.view(torch.uint8), nested.view(torch.uint8), absmax]), spec, shape
 
 
 def from_linear4bit(linear: Any, place: str) -> tuple[Tensor, Tensor, QuantSpec, tuple[int, ...]]:

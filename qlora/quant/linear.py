@@ -87,11 +87,10 @@ class Linear4bit(nn.Linear):
 
     def _apply(self, fn: Any, recurse: bool = True) -> Linear4bit:
         """Move, never cast: packed bytes stored as floats would be converted as if they were numbers."""
-        packed = self.weight
+        packed = self.weight.data  # a cast puts other data into the same parameter
         super()._apply(fn, recurse)
         if self.weight.dtype != packed.dtype:
-            moved = packed.data.to(self.weight.device)
-            self.weight = nn.Parameter(moved, requires_grad=False)
+            self.weight.data = packed.to(self.weight.device)
         return self
 
     def extra_repr(self) -> str:

@@ -220,6 +220,9 @@ def _train(
             print(f"adapter: {folder / 'adapter'}", flush=True)
         code = EXIT_DONE if outcome == "done" else EXIT_STOPPED
         run_dir.write_status(outcome, step, num_steps=num_steps, exit_code=code, resumable=outcome == "stopped")
+    # A launcher that sees one rank end with another code than 0 ends the others at once: none may leave before the
+    # main rank has written everything.
+    runtime.barrier()
     return outcome
 
 
