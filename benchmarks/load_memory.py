@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import statistics
 import subprocess
 import sys
@@ -57,7 +56,7 @@ def sizes(folder: Path) -> tuple[int, int, int]:
 
 
 def peak_of_job(base: str, data: Path, folder: Path) -> int:
-    """Peak resident bytes of one `qlora train` of a single step."""
+    """Peak resident bytes (VmHWM, read after the step) of one `qlora train` of a single step."""
     overrides = [
         f"model.base={base}", f"lora.r={LORA_RANK}", f"data.train=[{data}]", "data.max_length=128",
         f"data.cache_dir={folder / 'cache'}", f"train.output_dir={folder / 'run'}", "train.max_steps=1",
@@ -65,11 +64,10 @@ def peak_of_job(base: str, data: Path, folder: Path) -> int:
     ]  # fmt: skip
     job = folder / "job.yaml"
     job.write_text("{}\n")
-    process = subprocess.Popen([sys.executable, "-m", "qlora", "train", str(job), *overrides], stdout=subprocess.DEVNULL)
-    _, status, usage = os.wait4(process.pid, 0)
-    if status:
-        raise SystemExit(f"the job on {base} failed")
-    return usage.ru_maxrss * 1024
+    subprocess.run([sys.executable, "-m", "qlora", "train", str(job), *overrides], stdout=subprocess.DEVNULL, check=True)
+    row = json.loads((folder / "run" / "metrics.jsonl").read_text().splitlines()[0])
+    peak: int = row["peak_memory_bytes"]
+    return peak
 
 
 def main() -> None:

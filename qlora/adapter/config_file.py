@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -57,6 +58,7 @@ class AdapterConfig:
     use_rslora: bool
     lora_dropout: float
     modules_to_save: tuple[str, ...]
+    ties_weights: bool  # a weight that the base ties stays tied where it was trained as a whole
     base: str | None
     revision: str | None
 
@@ -98,7 +100,7 @@ def render(
         "lora_alpha": int(config.lora_alpha) if float(config.lora_alpha).is_integer() else config.lora_alpha,
         "lora_dropout": config.lora_dropout,
         "use_rslora": config.use_rslora,
-        "target_modules": shortest_suffixes(targeted, all_paths),
+        "target_modules": _target_modules(targeted, all_paths),
         "modules_to_save": shortest_suffixes(trained, all_paths) if trained else None,
         "bias": "none",
         "fan_in_fan_out": False,
@@ -116,6 +118,14 @@ def render(
     return json.dumps(fields, indent=2, sort_keys=True) + "\n"
 
 
+def _target_modules(targeted: tuple[str, ...], all_paths: list[str]) -> list[str] | str:
+    """Suffixes, or a regular expression where a targeted path is the end of one that is not targeted."""
+    try:
+        return shortest_suffixes(targeted, all_paths)
+    except AdapterError:
+        return "|".join(re.escape(path) for path in sorted(targeted))
+
+
 def read(folder: Path) -> AdapterConfig:
     """Read and check a config.
 
@@ -131,7 +141,7 @@ def read(folder: Path) -> AdapterConfig:
         fields = json.loads(path.read_text(encoding="utf-8"))
         if not isinstance(fields, dict):
             raise TypeError("not a JSON object")
-    except (ValueError, TypeError) as error:
+    except (ValueError, TypeError, RecursionError) as error:
         raise AdapterError(f"not JSON: {error}", place=str(path)) from error
     if str(fields.get("peft_type", "")).upper() != "LORA":
         raise AdapterError("not a LoRA adapter", place=str(path), found=fields.get("peft_type"), wanted="peft_type LORA")
@@ -139,14 +149,23 @@ def read(folder: Path) -> AdapterConfig:
         _check_field(key, value, path)
     for key in ("r", "lora_alpha"):
         value = fields.get(key)
-        if isinstance(value, bool) or not isinstance(value, (int, float)) or value <= 0:
+        if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < float("inf"):
             raise AdapterError(f"{key} is not a positive number", place=str(path), found=value)
+    if fields["r"] != int(fields["r"]):
+        raise AdapterError("r is not a whole number", place=str(path), found=fields["r"])
+    dropout = fields.get("lora_dropout") or 0.0
+    if not isinstance(dropout, (int, float)) or not 0 <= dropout < 1:
+        raise AdapterError("lora_dropout is not a number from 0 to below 1", place=str(path), found=dropout)
+    saved = fields.get("modules_to_save") or []
+    if not isinstance(saved, list) or not all(isinstance(name, str) for name in saved):
+        raise AdapterError("modules_to_save is not a list of names", place=str(path), found=saved)
     return AdapterConfig(
         r=int(fields["r"]),
         lora_alpha=float(fields["lora_alpha"]),
         use_rslora=bool(fields.get("use_rslora")),
-        lora_dropout=float(fields.get("lora_dropout") or 0.0),
-        modules_to_save=tuple(fields.get("modules_to_save") or ()),
+        lora_dropout=float(dropout),
+        modules_to_save=tuple(saved),
+        ties_weights=bool(fields.get("ensure_weight_tying")),
         base=fields.get("base_model_name_or_path"),
         revision=fields.get("revision"),
     )

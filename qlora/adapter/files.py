@@ -19,9 +19,9 @@ from torch import Tensor, nn
 from qlora.adapter import config_file
 from qlora.adapter.keys import AdapterKey, parse_key
 from qlora.distributed.collectives import is_partitioned, whole_parameters
-from qlora.errors import AdapterError
+from qlora.errors import AdapterError, BaseModelError
 from qlora.files import write_file
-from qlora.lora.inject import AdapterRecord, activate, list_candidates, wrap
+from qlora.lora.inject import AdapterRecord, activate, check_can_add, is_supported, list_candidates, wrap
 from qlora.lora.layer import LoraLayer, lora_layers
 from qlora.quant import shards
 from qlora.quant.load import BaseRecord
@@ -89,7 +89,17 @@ def render_files(model: nn.Module, state: dict[str, Tensor], name: str = "defaul
     # Tied parameters that are trained are one tensor under two keys; a file may not alias.
     tensors = {key: value.clone() for key, value in state.items()}
     metadata = {"format": "pt", METADATA_KEY: json.dumps(_describe_base(base), sort_keys=True)}
-    return {WEIGHTS_NAME: safetensors_bytes(tensors, metadata), config_file.CONFIG_NAME: config.encode()}
+    return {WEIGHTS_NAME: _weights_file(tensors, metadata), config_file.CONFIG_NAME: config.encode()}
+
+
+def _weights_file(tensors: dict[str, Tensor], metadata: dict[str, str]) -> bytes:
+    """A safetensors file whose bytes depend on its content alone: the library's order of metadata changes with each call."""
+    plain = safetensors_bytes(tensors)
+    data_at = 8 + int.from_bytes(plain[:8], "little")
+    header = {"__metadata__": dict(sorted(metadata.items()))} | json.loads(plain[8:data_at])
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)  # the format wants tensors to begin at a multiple of 8 bytes
+    return len(text).to_bytes(8, "little") + text + plain[data_at:]
 
 
 def _describe_base(base: BaseRecord | None) -> dict[str, Any]:
@@ -122,6 +132,12 @@ class AdapterFile:
         return [key.path for key in self.entries if key.part == "lora_A"]
 
     @property
+    def modules(self) -> set[str]:
+        """Paths of the modules it holds anything for, and of what they are in."""
+        parts = [key.path.split(".") for key in self.entries]
+        return {".".join(names[:end]) for names in parts for end in range(1, len(names) + 1)}
+
+    @property
     def trained(self) -> list[str]:
         """Paths of the modules it replaces as wholes."""
         lora = {"lora_A", "lora_B", "base"}
@@ -149,7 +165,15 @@ def open_adapter(folder: str | Path) -> AdapterFile:
         )
     if file.resolve().parent != folder.resolve():
         raise AdapterError("the weights are a link out of the adapter's folder", place=str(file))
-    header, metadata = shards.read_header_and_metadata(file)
+    try:
+        header, metadata = shards.read_header_and_metadata(file)
+        described = json.loads(metadata.get(METADATA_KEY, "{}"))
+        if not isinstance(described, dict):
+            raise TypeError("not a table")
+    except BaseModelError as error:
+        raise AdapterError(error.message, place=error.place, found=error.found, wanted=error.wanted) from error
+    except (ValueError, TypeError) as error:
+        raise AdapterError(f"damaged metadata: {error}", place=str(file)) from error
     entries = {parse_key(key, str(file)): entry for key, entry in header.items()}
     pairs = {part: {key.path for key in entries if key.part == part} for part in ("lora_A", "lora_B")}
     alone = sorted(pairs["lora_A"] ^ pairs["lora_B"])
@@ -159,7 +183,13 @@ def open_adapter(folder: str | Path) -> AdapterFile:
         raise AdapterError(
             "the adapter is empty", place=str(file), next_step="it was saved from shares without gathering; train again"
         )
-    return AdapterFile(folder, config, entries, json.loads(metadata.get(METADATA_KEY, "{}")))
+    found = AdapterFile(folder, config, entries, described)
+    absent = [name for name in config.modules_to_save if not any(path.endswith(name) for path in found.modules)]
+    if absent:
+        raise AdapterError(
+            "modules_to_save names modules of which the file holds nothing", place=str(file), found=", ".join(absent)
+        )
+    return found
 
 
 def load_adapter(
@@ -169,23 +199,33 @@ def load_adapter(
 
     Args:
         model: with or without LoRA layers; they are put where the adapter's tensors say.
-        replace: overwrite an adapter of this name, which must have the same layers and shapes.
+        replace: put it in the place of an adapter of this name, which may have had other layers.
         other_base: load although the adapter was trained on another base.
 
     Raises:
-        AdapterError: the name is taken, a layer is missing or of another shape, or the adapter is another base's.
+        AdapterError: the name is taken or none, a layer is missing or of another shape, the adapter is another base's, or
+            see `lora.inject.check_can_add`.
     """
     found = open_adapter(folder)
     adapters: dict[str, AdapterRecord] = model.__dict__.setdefault("qlora_adapters", {})
     if name in adapters and not replace:
         raise AdapterError(f"the model has an adapter {name!r} already", next_step="pass replace=True, or another name")
     _check_fit(model, found, other_base)
+    check_can_add(model, name, found.targeted, found.trained)
+    lost = set(adapters[name].trained) - set(found.trained) if name in adapters else set()
+    if lost:
+        raise AdapterError(
+            "the adapter to be replaced has trained modules as wholes, and their old values are gone",
+            place=str(found.folder),
+            found=", ".join(sorted(lost)[:5]),
+            next_step="load the base again",
+        )
     dtypes = {entry.dtype for key, entry in found.entries.items() if key.part == "lora_A"}
     dtype = "bfloat16" if dtypes == {torch.bfloat16} else "float32"
     config = found.config.to_lora_config(found.targeted, dtype)
     tensors = {key: entry.read_whole() for key, entry in found.entries.items()}
     if name in adapters:
-        delete_adapter(model, name)
+        _forget(model, name)
     for path in found.targeted:
         layer = wrap(model, path)
         layer.add_adapter(name, config, path, seed=0)
@@ -201,7 +241,22 @@ def load_adapter(
 
 
 def delete_adapter(model: nn.Module, name: str) -> None:
-    """Forget an adapter; the layers stay for others. Raises AdapterError where there is none of that name."""
+    """Forget an adapter; the layers stay for others. Where it was the active one, the base alone is left.
+
+    Raises:
+        AdapterError: there is none of that name, or it has trained modules as wholes, whose old values are gone.
+    """
+    record = adapter_record(model, name)
+    if record.trained:
+        raise AdapterError(
+            "the adapter has trained modules as wholes, and their old values are gone",
+            found=", ".join(record.trained[:5]),
+            next_step="load the base again",
+        )
+    _forget(model, name)
+
+
+def _forget(model: nn.Module, name: str) -> None:
     record = adapter_record(model, name)
     for path in record.targeted:
         layer = model.get_submodule(path)
@@ -242,8 +297,9 @@ def _check_fit(model: nn.Module, found: AdapterFile, other_base: bool) -> None:
             wrong.append(f"{key.path}: {type(module).__name__} cannot carry {key.part}")
         elif wanted != entry.shape:
             wrong.append(f"{key.in_file()} has shape {entry.shape}, this base needs {wanted}")
-        elif key.part == "base" and not torch.equal(module.weight.data.cpu(), entry.read_whole()):
+        elif key.part == "base" and not torch.equal(module.weight.data.cpu(), entry.read_whole().to(module.weight.dtype)):
             wrong.append(f"{key.path}: the base weight beside the adapter is not this base's")
+    wrong += _untied(model, found)
     if wrong:
         shown = "\n         ".join(wrong[:5])
         raise AdapterError(f"{len(wrong)} tensors do not fit the model", place=place, found=shown)
@@ -251,13 +307,33 @@ def _check_fit(model: nn.Module, found: AdapterFile, other_base: bool) -> None:
         raise AdapterError("adapters are loaded before the model is sharded", place=place)
 
 
+def _untied(model: nn.Module, found: AdapterFile) -> list[str]:
+    """What a file says of one side of a tied weight alone, or differently of both: here both are one tensor."""
+    sharers: dict[int, list[str]] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        sharers.setdefault(id(parameter), []).append(name)
+    held = {f"{key.path}.{key.part}": entry for key, entry in found.entries.items() if key.path in found.trained}
+    wrong = []
+    for names in sharers.values():
+        here = [name for name in names if name in held]
+        if len(names) == 1 or not here:
+            continue
+        if len(here) < len(names) and not found.config.ties_weights:
+            wrong.append(f"{here[0]}: this base ties it to {next(n for n in names if n not in here)}, the adapter does not")
+        elif any(not torch.equal(held[here[0]].read_whole(), held[name].read_whole()) for name in here[1:]):
+            wrong.append(f"{here[0]}: this base ties it to {here[1]}, and the adapter holds another value for each")
+    return wrong
+
+
 def _wanted_shape(module: Any, key: AdapterKey, r: int) -> tuple[int, ...] | None:
     """The shape a tensor must have here, or None where the module has no place for it."""
     if key.part in ("lora_A", "lora_B"):
-        if not isinstance(module, (nn.Linear, LoraLayer)):
+        if not isinstance(module, LoraLayer) and not is_supported(module):
             return None
         features = (r, module.in_features) if key.part == "lora_A" else (module.out_features, r)
         return tuple(int(n) for n in features)
-    part = "weight" if key.part == "base" else key.part
-    parameter = dict(module.named_parameters(recurse=False)).get(part)
+    if key.part == "base":
+        weight = getattr(module, "weight", None)
+        return tuple(weight.shape) if isinstance(weight, Tensor) else None
+    parameter = dict(module.named_parameters(recurse=False)).get(key.part)
     return None if parameter is None else tuple(parameter.shape)

@@ -65,14 +65,16 @@ def run_merge(
         )
     wanted = getattr(torch, dtype) if dtype else trained_dtype
     temporary = out.with_name(f".{out.name}.{os.getpid()}.tmp")
-    temporary.mkdir(parents=True)
     try:
+        temporary.mkdir(parents=True)
         write_model(temporary, _plan(skeleton, found, onto, wanted))
         _copy_rest(source, temporary, str(wanted).removeprefix("torch."))
         if out.exists():
             out.rmdir()  # the command line has made sure that it is empty
         os.rename(temporary, out)
         sync_folder(out.parent)
+    except OSError as error:
+        raise AdapterError(f"the merged model cannot be written ({error.strerror})", place=str(out)) from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
     return out
@@ -112,12 +114,25 @@ def _plan(skeleton: Skeleton, found: AdapterFile, onto: str, dtype: torch.dtype)
                 shape = (module.out_features, module.in_features)
             target = dtype if floating else entry.dtype
             yield Planned(entry.name, shape, target, _cast(make, target))
+    unused -= _stored_with_their_twin(skeleton, found, unused)
     if unused:
         raise AdapterError(
             f"{len(unused)} layers of the adapter are not in the base's files (a tied head has no weight of its own)",
             place=str(found.folder),
             found=", ".join(sorted(unused)[:5]),
         )
+
+
+def _stored_with_their_twin(skeleton: Skeleton, found: AdapterFile, unused: set[str]) -> set[str]:
+    """Paths of tied parameters, trained as wholes, whose value was written under the other's name."""
+    stored = set()
+    for pair in skeleton.model.all_tied_weights_keys.items():
+        keys = [AdapterKey(*_split(name)) for name in pair]
+        here = [key for key in keys if key.path not in unused]
+        values = [found.entries[key].read_whole() for key in keys if key in found.entries]
+        if len(here) == 1 and len(values) == 2 and torch.equal(*values):
+            stored |= {key.path for key in keys}
+    return stored
 
 
 def _split(key: str) -> tuple[str, str]:

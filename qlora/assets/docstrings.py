@@ -44,8 +44,8 @@ _SKIPPED_FILES = frozenset({"antigravity", "this", "__main__", "__phello__", "__
 
 # Modules written in C. Those of the first list hide behind a public module of the same name without the underscore.
 _HIDDEN_C_MODULES = """
-asyncio bisect bz2 codecs collections contextvars csv datetime decimal functools hashlib heapq io json locale lzma operator
-pickle random signal socket sqlite3 sre ssl struct symtable tracemalloc uuid warnings weakref zoneinfo
+asyncio bisect bz2 codecs collections contextvars csv ctypes curses datetime decimal functools hashlib heapq io json locale
+lzma operator pickle random signal socket sqlite3 sre ssl struct symtable tracemalloc uuid warnings weakref zoneinfo
 """
 _OPEN_C_MODULES = """
 array atexit binascii cmath errno faulthandler fcntl gc grp itertools marshal math mmap pwd readline resource select sys
@@ -54,6 +54,7 @@ syslog termios time unicodedata zlib
 _C_MODULES = (
     ("builtins", ""),
     ("posix", "os"),
+    ("_elementtree", "xml.etree.ElementTree"),
     *((f"_{name}", name) for name in _HIDDEN_C_MODULES.split()),
     *((name, name) for name in _OPEN_C_MODULES.split()),
 )

@@ -239,8 +239,8 @@ tested in minutes on a CPU, with no download. The name for it is `builtin:tiny`.
 | loss at the end | {loss:.2f} nats a token (mean of the last 50 steps) |
 | versions | Python {platform.python_version()}, torch {torch.__version__.split("+")[0]} |
 
-`{START}` and `{END}` opened and closed every document, so a chat template may rely on them. The chat template is ChatML
-with `generation` marks around what the assistant writes, the final `{END}` included.
+`{START}` and `{END}` opened and closed every document, so a chat template may rely on them. The chat
+template is ChatML with `generation` marks around what the assistant writes, the final `{END}` included.
 
 ## What it is, and what it is not
 It remembers; it does not understand. It completes `math.cosh` with something that looks like a docstring, often the

@@ -3,8 +3,8 @@
     python -m qlora.assets.quickstart data OUT_DIR
     python -m qlora.assets.quickstart show RUN_DIR DATA_DIR
 
-The questions are about the standard library of the Python that runs this: "What is math.cosh?". The answers are first
-sentences of docstrings. Between the two ends stands an ordinary training job.
+The questions are about the standard library of the Python that runs this: "What is math.cosh in Python?". The answers
+are first sentences of docstrings. Between the two ends stands an ordinary training job.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ def conversation(pair: Pair) -> dict[str, list[dict[str, str]]]:
     """Return one row of a data file: a question about a name and its answer."""
     return {
         "messages": [
-            {"role": "user", "content": f"What is {pair.name}?"},
+            {"role": "user", "content": f"What is {pair.name} in Python?"},
             {"role": "assistant", "content": pair.summary},
         ]
     }
@@ -36,7 +36,7 @@ def write_data(out_dir: Path) -> tuple[Path, Path]:
     """Write the training and the held-out questions, which share no answer. Returns the two files.
 
     Raises:
-        DataError: this Python's documentation is too thin (a build without source files or docstrings).
+        DataError: this Python's documentation is too thin (a build without the library's source files).
     """
     try:
         train, held_out = split_pairs(make_pairs(), NUM_TRAIN, NUM_HELD_OUT)
@@ -44,7 +44,7 @@ def write_data(out_dir: Path) -> tuple[Path, Path]:
         raise DataError(
             f"the standard library documents too little: {error}",
             place=sys.prefix,
-            next_step="use a Python that has its library's source files and was not started with -OO",
+            next_step="use a Python that has its library's source files",
         ) from error
     out_dir.mkdir(parents=True, exist_ok=True)
     files = (out_dir / TRAIN_FILE, out_dir / EVAL_FILE)

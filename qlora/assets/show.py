@@ -8,6 +8,8 @@ shown beside the right ones, because a model of this size recalls and does not u
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from difflib import SequenceMatcher
 from pathlib import Path
@@ -28,6 +30,11 @@ NEAR_RATIO = 0.6
 MAX_NEW_TOKENS = 44  # longer than any answer `data` writes
 BATCH_SIZE = 40
 IGNORED = -100
+_HONESTY = """\
+This is recall, not understanding. The base read these facts while it was made, but never as questions. The adapter
+taught it to answer, and the training questions by heart; no held-out question has the answer of a training question.
+A wrong answer sounds as sure as a right one.
+"""
 
 Conversation = list[dict[str, str]]
 
@@ -60,24 +67,21 @@ def show_run(run_dir: Path, data_dir: Path) -> None:
     train = sampled(read_conversations(data_dir / TRAIN_FILE), NUM_SAMPLED)
     held_out = read_conversations(data_dir / EVAL_FILE)
 
-    model, tokenizer = qlora.load_base("builtin:tiny")
-    qlora.load_adapter(model, adapter)
-    with qlora.disable_adapter(model):
-        before = [score(model, tokenizer, conversations) for conversations in (train, held_out)]
-    after = [score(model, tokenizer, conversations) for conversations in (train, held_out)]
+    with _one_thread():
+        model, tokenizer = qlora.load_base("builtin:tiny")
+        qlora.load_adapter(model, adapter)
+        with qlora.disable_adapter(model):
+            before = [score(model, tokenizer, conversations) for conversations in (train, held_out)]
+        after = [score(model, tokenizer, conversations) for conversations in (train, held_out)]
 
-    console = Console()
+    console = Console(highlight=False)
     console.print(f"Training loss: {first_loss:.2f} at the first step, {last_loss:.2f} at the last of {num_steps}.\n")
     console.print(_example("A question from training", train, before[0], after[0], want_exact=True))
     console.print(_table(before, after))
+    console.print(f"near: not exact, but difflib's ratio is {NEAR_RATIO} or more; loss: nats per answer token\n")
     console.print(_example("A held-out question answered wrong", held_out, before[1], after[1], want_exact=False))
-    console.print(
-        "This is recall, not understanding. The base read these facts while it was made, never as questions; the adapter"
-        "\ntaught it to answer, and the training questions by heart. Held-out questions have other answers than all training"
-        "\nquestions. Wrong answers sound as sure as right ones.\n",
-        highlight=False,
-    )
-    console.print(f"The adapter: {adapter}", highlight=False, soft_wrap=True)
+    console.print(_HONESTY.replace("\n", " "), end="\n\n")
+    console.print(f"The adapter: {adapter}", soft_wrap=True)
 
 
 def training_losses(path: Path) -> tuple[float, float, int]:
@@ -147,6 +151,18 @@ def answer_loss(model: Any, tokenizer: Any, conversations: list[Conversation]) -
     return loss_sum / num_targets
 
 
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    """Let torch compute with one thread: layers this small gain nothing from more, and on a machine that is busy with
+    other work the threads' waiting for each other was seen to cost twenty times the work itself."""
+    num_threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(num_threads)
+
+
 def _read_rows(path: Path) -> list[dict[str, Any]]:
     try:
         lines = path.read_text(encoding="utf-8").splitlines()
@@ -162,7 +178,7 @@ def _read_rows(path: Path) -> list[dict[str, Any]]:
 
 
 def _table(before: list[Score], after: list[Score]) -> Table:
-    table = Table(caption=f"near: not exact, but difflib's ratio is at least {NEAR_RATIO}; loss: nats per answer token")
+    table = Table()
     table.add_column("questions")
     for column in ("", "exact", "near", "loss"):
         table.add_column(column, justify="right" if column else "left")
@@ -170,7 +186,7 @@ def _table(before: list[Score], after: list[Score]) -> Table:
         total = len(trained.answers)
         for name, result in (("before", untrained), ("after", trained)):
             table.add_row(
-                f"{label}" if name == "before" else "",
+                label if name == "before" else "",
                 name,
                 f"{result.num_exact} of {total}",
                 f"{result.num_near} of {total}",
@@ -194,6 +210,6 @@ def _example(title: str, conversations: list[Conversation], before: Score, after
     return Text(f"{title}: none.\n")
 
 
-def _one_line(text: str, max_chars: int = 100) -> str:
+def _one_line(text: str, max_chars: int = 66) -> str:
     line = " ".join(text.split()) or "(nothing)"
     return line if len(line) <= max_chars else f"{line[: max_chars - 3]}..."

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from pydantic import ValidationError
 from torch import Tensor, nn
 
 from qlora.adapter.files import adapter_parameters, open_adapter
@@ -98,8 +99,18 @@ def check_identity(found: Found, job: Identity, *, force: bool) -> list[str]:
         problems.append(f"data: the token rows differ ({old.data[:12]} then, {new.data[:12]} now)")
     elif old.plan != new.plan:
         problems.append(f"packing: the plans differ ({old.plan[:12]} then, {new.plan[:12]} now)")
+    try:
+        old_config = JobConfig.model_validate(old.config)
+    except ValidationError as error:
+        fault = error.errors(include_url=False)[0]
+        raise CheckpointError(
+            f"the checkpoint's job is of another version of qlora ({old.versions.get('qlora')})",
+            place=str(found.folder),
+            found=f"{'.'.join(map(str, fault['loc']))}: {fault['msg']}",
+            next_step="resume with that version; as an adapter the checkpoint can still be loaded",
+        ) from error
     changes = changed_keys(
-        JobConfig.model_validate(old.config),
+        old_config,
         JobConfig.model_validate(new.config),
         old_world_size=old.world_size,
         new_world_size=new.world_size,
@@ -113,6 +124,15 @@ def check_identity(found: Found, job: Identity, *, force: bool) -> list[str]:
             next_step="undo the change, choose a new train.output_dir, or give --force: the run is then no longer exact",
         )
     return problems
+
+
+def changed_versions(found: Found, job: Identity) -> str | None:
+    """What differs in the stack between a checkpoint and this job, in words; None where nothing does."""
+    old, new = found.identity.versions, job.versions
+    changes = [
+        f"{name} {old.get(name)} -> {new.get(name)}" for name in sorted({*old, *new}) if old.get(name) != new.get(name)
+    ]
+    return ", ".join(changes) or None
 
 
 def load_parameters(found: Found, model: nn.Module) -> None:

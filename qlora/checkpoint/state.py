@@ -5,7 +5,8 @@
         optimizer.safetensors                            `KEY/exp_avg`, `KEY/exp_avg_sq` for each tensor of the adapter
         trainer_state.json                               step, position of the data, totals
         manifest.json                                    size and sha256 of each file; base, data, config, versions
-        COMMITTED                                        written last: without it the folder does not count
+        COMMITTED                                        written last: without it the folder does not count; sha256 of
+                                                         manifest.json
 
 Everything is stored whole and by name, so that it does not depend on how many ranks there were. Nothing is drawn at
 random from a state that would have to be saved: dropout and the order of the data are functions of seed and step, the
@@ -29,6 +30,7 @@ STATE_NAME = "trainer_state.json"
 MANIFEST_NAME = "manifest.json"
 COMMITTED = "COMMITTED"
 PREFIX = "step-"
+NEEDED = ("adapter_config.json", "adapter_model.safetensors", OPTIMIZER_NAME, STATE_NAME)
 PACKAGES = ("qlora", "torch", "transformers", "accelerate", "deepspeed", "bitsandbytes", "safetensors", "datasets")
 
 
@@ -83,12 +85,21 @@ class Manifest:
 
 
 def read_manifest(folder: Path) -> Manifest:
-    """Read a checkpoint's manifest. Raises CheckpointError where it is missing or damaged."""
+    """Read a committed checkpoint's manifest. Raises CheckpointError where it is missing or damaged."""
     path = folder / MANIFEST_NAME
     try:
-        fields = json.loads(path.read_text(encoding="utf-8"))
-        return Manifest(fields["files"], Identity(**fields["identity"]))
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        content = path.read_bytes()
+        recorded = (folder / COMMITTED).read_text(encoding="ascii")
+        # A loss of power may leave the marker without its content; everything else was on the disk before it.
+        if recorded and recorded != sha256_of(content):
+            raise CheckpointError("the manifest does not match its checksum", place=str(path))
+        fields = json.loads(content)
+        files = {str(name): {"size": int(e["size"]), "sha256": str(e["sha256"])} for name, e in fields["files"].items()}
+        missing = [name for name in NEEDED if name not in files]
+        if missing:
+            raise CheckpointError(f"the manifest does not list {missing[0]}", place=str(path))
+        return Manifest(files, Identity(**fields["identity"]))
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise CheckpointError(f"the manifest cannot be read: {error}", place=str(path)) from error
 
 
@@ -106,9 +117,12 @@ def step_of(folder: Path) -> int:
 
 def committed(run_dir: Path) -> list[Path]:
     """The run's committed checkpoints, oldest first, by step and never by time."""
-    folders = (run_dir / FOLDER).glob(f"{PREFIX}*")
-    found = [f for f in folders if f.name.removeprefix(PREFIX).isdigit() and (f / COMMITTED).is_file()]
-    return sorted(found, key=step_of)
+    return sorted((f for f in numbered(run_dir / FOLDER) if (f / COMMITTED).is_file()), key=step_of)
+
+
+def numbered(parent: Path) -> list[Path]:
+    """The folders with a checkpoint's name, committed or not, in no order."""
+    return [f for f in parent.glob(f"{PREFIX}*") if f.name.removeprefix(PREFIX).isdigit() and f.is_dir()]
 
 
 def sha256_of(content: bytes) -> str:

@@ -106,14 +106,21 @@ class Runtime:
 
         Raises:
             QloraError: raised on rank 0 it is raised on every rank, so that none waits for the others.
+            RuntimeError: on the other ranks, where rank 0 raised anything else.
         """
-        value, error = None, None
+        value: Any = None
+        error: Exception | None = None
+        bug: Exception | None = None
         if self.is_main:
             try:
                 value = work()
             except QloraError as raised:
                 error = raised
+            except Exception as raised:  # may not survive the way to other processes
+                bug, error = raised, RuntimeError(f"the main rank failed: {type(raised).__name__}: {raised}")
         value, error = self.broadcast_object((value, error))
+        if bug is not None:
+            raise bug
         if error is not None:
             raise error
         return value

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 import os
+import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
@@ -24,6 +25,8 @@ from qlora.errors import LaunchError
 def prepare_environment() -> None:
     """Quieten DeepSpeed's per-rank chatter and choose its CPU accelerator where there is no GPU. Rank-local."""
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+    # DeepSpeed 0.19.8 calls collectives by names that torch 2.13 warns of, at every call.
+    warnings.filterwarnings("ignore", message="`torch.distributed", category=FutureWarning)
     if not torch.cuda.is_available():
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
 
@@ -117,8 +120,9 @@ class ZeroEngine:
         for group in self.model.optimizer.param_groups:
             group["lr"] = learning_rate
         self.model.step()
-        norm = self.model.get_global_grad_norm()
-        return norm.detach().float() if isinstance(norm, Tensor) else torch.tensor(float(norm))
+        norm = float(self.model.get_global_grad_norm())
+        # DeepSpeed says -1 of a norm that is infinite or not a number (0.19.8).
+        return torch.tensor(norm if norm >= 0 else float("nan"))
 
     def optimizer_state(self, name: str) -> dict[str, Tensor]:
         inner = self.model.optimizer.optimizer

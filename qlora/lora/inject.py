@@ -6,6 +6,7 @@ asked for, norms, embeddings or the output head as a whole.
 
 from __future__ import annotations
 
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -14,8 +15,8 @@ from torch import Tensor, nn
 
 from qlora.config.schema import LoraConfig
 from qlora.errors import AdapterError, ConfigError
-from qlora.lora.layer import LoraLayer, LoraLinear, lora_layers
-from qlora.lora.target import Candidate, select, summarize
+from qlora.lora.layer import LoraLayer, LoraLinear, lora_layers, refuse_merged
+from qlora.lora.target import ALL_LINEAR, Candidate, Selection, select, summarize
 from qlora.ops import nf4
 from qlora.quant.linear import Linear4bit
 
@@ -78,24 +79,16 @@ def inject_lora(model: nn.Module, config: LoraConfig, name: str = "default", *, 
         seed: A's values depend on it and on each module's path.
 
     Raises:
-        ConfigError, AdapterError: see `lora.target.select`; also a name that exists.
+        ConfigError, AdapterError: see `lora.target.select`, `check_can_add`; also a name that exists.
+        Nothing is changed then.
     """
     adapters: dict[str, AdapterRecord] = model.__dict__.setdefault("qlora_adapters", {})
     if name in adapters:
         raise AdapterError(f"the model has an adapter {name!r} already", next_step="choose another name, or delete it first")
     candidates, untargetable = list_candidates(model)
-    selection = select(candidates, config.target_modules, config.exclude_modules)
+    selection = _without_narrow_layers(model, config, select(candidates, config.target_modules, config.exclude_modules))
     trained = _modules_to_train(model, config, set(selection.targeted))
-    for path in selection.targeted:
-        layer: Any = model.get_submodule(path)
-        limit = min(layer.in_features, layer.out_features)
-        if config.r > limit:
-            raise ConfigError(
-                f"the rank exceeds the smaller dimension of {path}",
-                place="lora.r",
-                found=config.r,
-                wanted=f"at most {limit}",
-            )
+    check_can_add(model, name, selection.targeted, trained)
     for path in selection.targeted:
         wrap(model, path).add_adapter(name, config, path, seed)
     activate(model, name, trained)
@@ -104,6 +97,51 @@ def inject_lora(model: nn.Module, config: LoraConfig, name: str = "default", *, 
     return LoraReport(
         selection.targeted, selection.skipped, tuple(trained), trainable, count_parameters(model), untargetable
     )
+
+
+def check_can_add(model: nn.Module, name: str, targeted: Iterable[str], trained: Collection[str]) -> None:
+    """Raise, before anything is changed, what adding an adapter would raise half way.
+
+    Raises:
+        AdapterError: a name that is none, an adapter that is merged, or modules trained as wholes beside another adapter:
+            they have one value, so that the other one would silently compute something else.
+        BaseModelError: a bitsandbytes layer that is not quantized yet, or repacked.
+    """
+    if not name or "." in name or hasattr(nn.ParameterDict, name):
+        raise AdapterError("an adapter cannot have this name", found=name, wanted="a word, for example default")
+    refuse_merged(model)
+    others = {own: record for own, record in model.__dict__.get("qlora_adapters", {}).items() if own != name}
+    sharing = [own for own, record in others.items() if trained or record.trained]
+    if sharing:
+        raise AdapterError(
+            "modules that are trained as wholes have one value, so no other adapter can be beside them",
+            found=f"adapter {sharing[0]!r} beside {name!r}",
+            next_step="use one model for each, or train neither norms, embeddings nor head",
+        )
+    for path in targeted:
+        module = model.get_submodule(path)
+        if isinstance(module, nf4.BnbLinear4bit):
+            nf4.check_linear4bit(module, path)
+
+
+def _without_narrow_layers(model: nn.Module, config: LoraConfig, selection: Selection) -> Selection:
+    """Leave out what all-linear found but r does not fit, such as a gate of one output. Raises ConfigError."""
+    targeted, skipped = dict(selection.targeted), dict(selection.skipped)
+    for path, entry in selection.targeted.items():
+        layer: Any = model.get_submodule(path)
+        limit = min(layer.in_features, layer.out_features)
+        if config.r <= limit:
+            continue
+        del targeted[path]
+        skipped[path] = f"a side of {limit}, below r = {config.r}"
+        if entry != ALL_LINEAR or not targeted:
+            raise ConfigError(
+                f"the rank exceeds the smaller dimension of {path}",
+                place="lora.r",
+                found=config.r,
+                wanted=f"at most {limit}",
+            )
+    return Selection(targeted, skipped)
 
 
 def list_candidates(model: nn.Module) -> tuple[list[Candidate], dict[str, str]]:
@@ -147,8 +185,8 @@ def wrap(model: nn.Module, path: str) -> LoraLayer:
     if isinstance(module, nf4.BnbLinear4bit):
         stored: Any = module.weight
         module = Linear4bit.from_bitsandbytes(module, module.compute_dtype or stored.quant_state.dtype, path)
-    if not isinstance(module, nn.Linear):
-        raise AdapterError("not a linear layer", place=path, found=type(module).__name__)
+    if not is_supported(module) or not isinstance(module, nn.Linear):
+        raise AdapterError("not a linear layer that can carry one", place=path, found=type(module).__name__)
     layer = LoraLinear(module).train(module.training)
     model.set_submodule(path, layer)
     return layer
@@ -159,20 +197,26 @@ def activate(model: nn.Module, name: str, trained: tuple[str, ...] | list[str]) 
     model.requires_grad_(False)
     for _, layer in lora_layers(model):
         layer.set_active(name if name in layer.lora_A else None)
-    for path in trained:
-        train_wholly(model.get_submodule(path))
+    train_wholly(model, trained)
 
 
-def train_wholly(module: nn.Module) -> None:
-    """Make all parameters of a module trainable in fp32, while it goes on giving out the dtype it gave out before."""
-    narrow = next((p.dtype for p in module.parameters(recurse=False) if p.dtype in (torch.bfloat16, torch.float16)), None)
-    for parameter in module.parameters(recurse=False):
+def train_wholly(model: nn.Module, paths: Iterable[str]) -> None:
+    """Make all parameters of these modules trainable in fp32, while they go on giving out the dtype they gave out before."""
+    wanted = {id(p): p for path in paths for p in model.get_submodule(path).parameters(recurse=False)}
+    # Of all modules: a tied weight has a second owner.
+    for module in model.modules():
+        own = [p.dtype for p in module.parameters(recurse=False) if id(p) in wanted]
+        narrow = next((dtype for dtype in own if dtype in (torch.bfloat16, torch.float16)), None)
+        if narrow is not None:
+            _keep_output_dtype(module, narrow)
+    for parameter in wanted.values():
         if parameter.dtype in (torch.bfloat16, torch.float16):
             parameter.data = parameter.data.float()
         parameter.requires_grad_(True)
-    if narrow is None:
-        return
-    dtype = narrow
+
+
+def _keep_output_dtype(module: nn.Module, dtype: torch.dtype) -> None:
+    """Let a module whose parameters become fp32 be used as before. Norms of transformers widen their input themselves."""
 
     def widen(_: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         return tuple(a.float() if a.is_floating_point() else a for a in args)
@@ -180,7 +224,7 @@ def train_wholly(module: nn.Module) -> None:
     def narrow_output(_: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
         return output.to(dtype)
 
-    if isinstance(module, nn.Linear):
+    if isinstance(module, (nn.Linear, nn.LayerNorm, nn.RMSNorm, nn.GroupNorm)):
         module.register_forward_pre_hook(widen)
     module.register_forward_hook(narrow_output)
 

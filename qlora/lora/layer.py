@@ -73,12 +73,12 @@ class LoraLayer(nn.Module):
         self.set_active(name)
 
     def remove_adapter(self, name: str) -> None:
-        """Forget an update."""
+        """Forget an update. Where it was the active one, none is active then."""
         if self.merged_adapter == name:
             self.unmerge()
         del self.lora_A[name], self.lora_B[name], self.r[name], self.scaling[name], self.dropout[name]
         if self.active_adapter == name:
-            self.active_adapter = next(iter(self.lora_A), None)
+            self.set_active(None)
 
     def set_active(self, name: str | None) -> None:
         """Choose which update is applied; it alone is trainable."""
@@ -101,10 +101,12 @@ class LoraLinear(LoraLayer):
     """LoRA over `nn.Linear` or `Linear4bit`, with or without bias."""
 
     base_layer: nn.Linear
+    _merged_weight: Tensor | None
 
     def __init__(self, base_layer: nn.Linear) -> None:
         super().__init__(base_layer, base_layer.in_features, base_layer.out_features)
-        self._merged_weight: Tensor | None = None
+        # A buffer, so that it moves with the layer; never part of what is saved.
+        self.register_buffer("_merged_weight", None, persistent=False)
 
     @property
     def weight(self) -> Tensor:
@@ -121,6 +123,10 @@ class LoraLinear(LoraLayer):
         if isinstance(self.base_layer, Linear4bit):
             return self.base_layer.dequantize()
         return self.base_layer.weight.data
+
+    def _borrow_weight(self) -> Tensor:
+        """W as `base_weight` gives it, to be done with before this thread asks for another."""
+        return self.base_layer.borrow() if isinstance(self.base_layer, Linear4bit) else self.base_layer.weight.data
 
     def delta(self, name: str, dtype: torch.dtype = torch.float32) -> Tensor:
         """s B A (out, in), multiplied in fp32 or wider."""
@@ -155,11 +161,11 @@ class LoraLinear(LoraLayer):
         name = self.active_adapter if self.enabled else None
         if name is None or self._merged_weight is not None:
             use_merged = self._merged_weight is not None and self.enabled
-            read: Callable[[], Tensor] = (lambda: self._merged_weight) if use_merged else self.base_weight  # type: ignore[assignment, return-value]
+            read: Callable[[], Tensor] = (lambda: self._merged_weight) if use_merged else self._borrow_weight  # type: ignore[assignment, return-value]
             return lora_linear(x, read, self.base_layer.bias, None, None, 1.0)
         dropout = self.dropout[name] if self.training else 0.0
         return lora_linear(
-            x, self.base_weight, self.base_layer.bias, self.lora_A[name], self.lora_B[name], self.scaling[name], dropout
+            x, self._borrow_weight, self.base_layer.bias, self.lora_A[name], self.lora_B[name], self.scaling[name], dropout
         )
 
 
@@ -195,15 +201,20 @@ def disable_adapter(model: nn.Module) -> Iterator[nn.Module]:
 
 
 def merge_adapter(model: nn.Module) -> None:
-    """Merge the active adapter in every LoRA layer; all or none. Raises AdapterError."""
-    layers = [layer for _, layer in lora_layers(model)]
+    """Merge the active adapter in every layer it adapts; all or none. Raises AdapterError."""
+    layers = [layer for _, layer in lora_layers(model) if layer.active_adapter is not None]
     if not layers:
-        raise AdapterError("the model has no LoRA layers")
-    merged = next((layer.merged_adapter for layer in layers if layer.merged_adapter is not None), None)
-    if merged is not None:
-        raise AdapterError(f"the adapter {merged!r} is merged already", next_step="unmerge it first")
+        raise AdapterError("the model has no LoRA layers with an active adapter")
+    refuse_merged(model)
     for layer in layers:
         layer.merge()
+
+
+def refuse_merged(model: nn.Module) -> None:
+    """Raise AdapterError where an adapter is merged: what is added or trained beside it would have no effect."""
+    merged = next((layer.merged_adapter for _, layer in lora_layers(model) if layer.merged_adapter is not None), None)
+    if merged is not None:
+        raise AdapterError(f"the adapter {merged!r} is merged already", next_step="unmerge it first")
 
 
 def unmerge_adapter(model: nn.Module) -> None:

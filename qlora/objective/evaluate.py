@@ -10,6 +10,7 @@ from torch import nn
 
 from qlora.data.batch import Batch
 from qlora.distributed.runtime import Runtime
+from qlora.errors import DataError
 
 
 def evaluate(
@@ -22,6 +23,9 @@ def evaluate(
 
     Returns:
         eval_loss (nats per target token), eval_perplexity, eval_num_target_tokens.
+
+    Raises:
+        DataError: there is no target token at all.
     """
     was_training = model.training
     model.eval()
@@ -35,6 +39,8 @@ def evaluate(
     if runtime is not None:
         runtime.sum(totals)
     loss_sum, num_targets = totals.tolist()
+    if num_targets == 0:
+        raise DataError("the evaluation data has no target tokens", place="data.eval")
     loss = loss_sum / num_targets
     return {
         "eval_loss": loss,

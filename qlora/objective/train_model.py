@@ -12,10 +12,13 @@ import torch
 from torch import Tensor, nn
 
 from qlora.data.batch import IGNORE, Batch
+from qlora.errors import ConfigError, QloraError
 from qlora.lora.layer import LoraLayer
+from qlora.objective import probe
 from qlora.ops import attention
 from qlora.ops.attention import DocumentLayout, packed_forward
 from qlora.ops.cross_entropy import cross_entropy_sum
+from qlora.quant.linear import Linear4bit
 
 
 class LossHead(nn.Module):
@@ -28,10 +31,11 @@ class LossHead(nn.Module):
     def forward(self, hidden_ND: Tensor, targets_N: Tensor) -> Tensor:
         """Sum of the cross entropy, fp32 scalar, of hidden states (N, D) against token ids (N,)."""
         trainable = [p for p in self.head.parameters() if p.requires_grad]
-        return cross_entropy_sum(hidden_ND, targets_N, self._logits, trainable)
+        return cross_entropy_sum(hidden_ND, targets_N, self.logits, trainable)
 
-    def _logits(self, hidden: Tensor) -> Tensor:
-        if not isinstance(self.head, LoraLayer):
+    def logits(self, hidden: Tensor) -> Tensor:
+        """Logits (..., V), fp32, of hidden states (..., D)."""
+        if not isinstance(self.head, (LoraLayer, Linear4bit)):
             hidden = hidden.to(self.head.weight.dtype)  # type: ignore[arg-type]
         # The head's forward, not its call: this module is the one that hooks belong to.
         logits = self.head.forward(hidden).float() if hidden.dtype != torch.float64 else self.head.forward(hidden)
@@ -52,15 +56,39 @@ class TrainModel(nn.Module):
     def __init__(self, model: Any, attention_name: str = "auto") -> None:
         super().__init__()
         self.model = model
-        if attention_name in ("auto", attention.NAME):
-            attention_name = choose_attention(model, required=attention_name == attention.NAME)
-        self.attention_name = attention_name
-        if model.config._attn_implementation != attention_name:
-            model.set_attn_implementation(attention_name)
         self.loss_head = build_loss_head(model)
+        self.packing_refused: ConfigError | None = None
+        for name in attentions_to_try(model, attention_name):
+            self.attention_name = name
+            _set_attention(model, name)
+            self.packing_refused = self._why_not_packed()
+            if self.packing_refused is None:
+                break
+
+    def _why_not_packed(self) -> ConfigError | None:
+        """The reason why this model, with the attention it has now, may not be given packed rows, or None."""
+        if not probe.can_run(self.model):
+            return None
+        try:
+            if probe.documents_stay_apart(self.model, self._hidden_states):
+                return None
+            why = "lets packed documents see each other"
+        except (QloraError, AttributeError, RuntimeError, TypeError, ValueError) as error:
+            why = f"cannot compute packed rows ({error})"
+        return ConfigError(
+            f"{type(self.model).__name__} with attention {self.attention_name!r} {why}",
+            place="data.packing",
+            next_step="set data.packing to false",
+        )
 
     def forward(self, batch: Batch) -> tuple[Tensor, Tensor]:
-        """Rank-local but for what hooks gather. The loss is fp32; without targets it is zero, with zero gradients."""
+        """Rank-local but for what hooks gather. The loss is fp32; without targets it is zero, with zero gradients.
+
+        Raises:
+            ConfigError: the batch is packed, and this model would let its documents see each other.
+        """
+        if self.packing_refused is not None and batch.document_lengths is not None:
+            raise self.packing_refused
         hidden_BTD = self._hidden_states(batch)
         is_target_BT = batch.targets_BT != IGNORE
         num_targets = is_target_BT.sum()
@@ -87,13 +115,41 @@ class TrainModel(nn.Module):
         return output.last_hidden_state if self.loss_head is not None else output.logits
 
 
-def choose_attention(model: Any, *, required: bool) -> str:
-    """`documents` where the architecture goes through transformers' attention interface, else what it has."""
+def attentions_to_try(model: Any, name: str) -> list[str]:
+    """Attention implementations in the order of preference, of which the first that keeps documents apart is used."""
+    if name not in ("auto", attention.NAME):
+        return [name]
+    own = model.config._attn_implementation
     config = model.config.get_text_config()
-    computes_more = getattr(config, "attn_logit_softcapping", None) is not None or config.model_type == "gpt_oss"
-    if required or (getattr(model, "_supports_attention_backend", False) and not computes_more):
-        return attention.register_documents_attention()
-    return model.config._attn_implementation
+    # What attention per document does not compute: soft-capped scores, and layers that see chunks of fixed places.
+    computes_more = getattr(config, "attn_logit_softcapping", None) is not None or "chunked_attention" in (
+        getattr(config, "layer_types", None) or ()
+    )
+    if name == attention.NAME:
+        if computes_more:
+            raise ConfigError(
+                f"attention per document does not compute all that {type(model).__name__} needs",
+                place="model.attention",
+                found=name,
+                next_step="set it to auto",
+            )
+        return [attention.register_documents_attention()]
+    if own == attention.NAME or computes_more or not getattr(model, "_supports_attention_backend", False):
+        return [own]
+    return [attention.register_documents_attention(), own]
+
+
+def _set_attention(model: Any, name: str) -> None:
+    if model.config._attn_implementation == name:
+        return
+    try:
+        model.set_attn_implementation(name)
+    except (ValueError, ImportError) as error:
+        raise ConfigError(
+            f"{type(model).__name__} cannot compute attention with {name!r}: {str(error).splitlines()[0]}",
+            place="model.attention",
+            next_step="set it to auto",
+        ) from error
 
 
 def build_loss_head(model: Any) -> LossHead | None:
@@ -103,10 +159,13 @@ def build_loss_head(model: Any) -> LossHead | None:
     if head is None or decoder is None or decoder is model or not isinstance(head, (nn.Linear, LoraLayer)):
         return None
     config = model.config.get_text_config()
-    known = {"logits_scaling": "divide", "logit_scale": "multiply", "output_multiplier_scale": "multiply"}
     factor = 1.0
-    for key, how in known.items():
-        value = getattr(config, key, None)
-        if value is not None:
-            factor = float(value) if how == "multiply" else 1.0 / float(value)
-    return LossHead(head, factor, getattr(config, "final_logit_softcapping", None))
+    for key in ("logit_scale", "lm_head_multiplier", "output_multiplier"):
+        factor *= float(getattr(config, key, None) or 1.0)
+    factor /= float(getattr(config, "logits_scaling", None) or 1.0)
+    # Some architectures multiply by what others of the same name divide by.
+    for chosen in (factor, 1.0 / factor):
+        loss_head = LossHead(head, chosen, getattr(config, "final_logit_softcapping", None))
+        if not probe.can_run(model) or probe.reproduces_logits(model, decoder, loss_head.logits):
+            return loss_head
+    return None

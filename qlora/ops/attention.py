@@ -157,10 +157,29 @@ def register_documents_attention() -> str:
 
 
 def _mask(*args: Any, **kwargs: Any) -> Tensor | None:
-    """No mask inside a packed forward pass; sdpa's in every other, so that generation works as usual."""
+    """sdpa's mask outside of a packed forward pass, so that generation works as usual.
+
+    Inside, there is none; but some models say how far a layer sees by its mask alone, so the size of a sliding window is
+    handed to the layer in the mask's place.
+    """
     from transformers.masking_utils import sdpa_mask
 
-    return None if _inside_packed_forward.get() else sdpa_mask(*args, **kwargs)
+    if not _inside_packed_forward.get():
+        return sdpa_mask(*args, **kwargs)
+    window = kwargs.get("local_size")
+    return None if window is None else torch.full((1, 1, 1, 1), int(window))
+
+
+def _window_of(attention_mask: Tensor | None, sliding_window: int | None, module: torch.nn.Module) -> int | None:
+    """The sliding window that `_mask` put in the mask's place, or that the layer was given by name."""
+    if attention_mask is None:
+        return sliding_window
+    if attention_mask.numel() != 1 or attention_mask.dtype != torch.int64:
+        raise ConfigError(
+            f"{type(module).__name__} makes a mask of its own, which attention per document does not apply",
+            next_step="set model.attention to eager",
+        )
+    return int(attention_mask)
 
 
 def _attention_forward(
@@ -191,5 +210,6 @@ def _attention_forward(
                 next_step="set model.attention to eager",
             )
     scale = scaling if scaling is not None else query.shape[-1] ** -0.5
-    out = document_attention(query, key, value, document_layout, scale, kwargs.get("sliding_window"), dropout)
+    window = _window_of(attention_mask, kwargs.get("sliding_window"), module)
+    out = document_attention(query, key, value, document_layout, scale, window, dropout)
     return out.transpose(1, 2).contiguous(), None

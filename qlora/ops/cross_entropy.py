@@ -36,6 +36,9 @@ def cross_entropy_sum(
     Returns:
         fp32 scalar (float64 where the hidden states are). Zero, with zero gradients, where there are no targets.
     """
+    if not torch.is_grad_enabled():
+        # Inside an autograd function a parameter still says that it needs a gradient.
+        hidden_ND, head_parameters = hidden_ND.detach(), ()
     return _CrossEntropySum.apply(hidden_ND, targets_N, head, chunk_tokens, *head_parameters)
 
 
@@ -56,7 +59,7 @@ class _CrossEntropySum(torch.autograd.Function):
         grad_head = [torch.zeros_like(p, dtype=dtype) for p in head_parameters] if need_head else []
         for start in range(0, targets_N.numel(), chunk_tokens):
             piece = slice(start, start + chunk_tokens)
-            with torch.enable_grad():
+            with torch.set_grad_enabled(need_hidden or need_head):
                 hidden = hidden_ND[piece].detach().requires_grad_(need_hidden)
                 logits = head(hidden).to(dtype)
                 loss = torch.nn.functional.cross_entropy(logits, targets_N[piece], reduction="sum")
@@ -76,6 +79,8 @@ class _CrossEntropySum(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        if ctx.grad_head is None:
+            raise RuntimeError("the gradients of this loss were taken already, and are made only once")
         grad_hidden = None if ctx.grad_hidden is None else ctx.grad_hidden.mul_(grads[0].to(ctx.grad_hidden.dtype))
         grad_head: list[Tensor | None] = [
             (total * grads[0]).to(dtype) for total, dtype in zip(ctx.grad_head, ctx.head_dtypes, strict=False)

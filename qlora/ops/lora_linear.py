@@ -36,7 +36,8 @@ def lora_linear(
     Args:
         x: (..., I), float.
         read_weight: returns W (O, I) in the dtype to compute in. Called once in forward and once in backward; it must
-            read the weight's storage anew each time, because ZeRO-3 frees and regathers it in between.
+            read the weight's storage anew each time, because ZeRO-3 frees and regathers it in between, and may give
+            out the same buffer each time: the weight is done with before the next call.
         bias_O: frozen bias or None.
         lora_A_RI, lora_B_OR: trainable, any float dtype; None for the frozen linear alone.
         scaling: s.

@@ -15,9 +15,11 @@ This is the only file that imports bitsandbytes. QLoRA paper: Dettmers et al. 20
 
 from __future__ import annotations
 
+import ctypes
 import json
 import logging
 import math
+import threading
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -37,7 +39,7 @@ _cpu_log.level = _level
 
 NESTED_BLOCK_SIZE = 256
 # Quantizing goes through the weight in pieces of this many elements, so that only a piece is ever held in 16 bits.
-CHUNK_ELEMENTS = 1 << 22
+CHUNK_ELEMENTS = 1 << 20
 
 BnbLinear4bit = bitsandbytes.nn.Linear4bit
 
@@ -147,9 +149,86 @@ def _as_floats(raw: Tensor) -> Tensor:
 def dequantize(packed: Tensor, statistics: Tensor, spec: QuantSpec, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
     """The weight (shape, dtype) that packed bytes and statistics stand for. Allocates only the result and the scales."""
     absmax = unpack_absmax(statistics, spec, math.prod(shape))
-    return torch.ops.bitsandbytes.dequantize_4bit.default(
-        packed.view(torch.uint8), absmax, spec.block_size, spec.quant_type, shape, dtype
-    )
+    packed = packed.view(torch.uint8)
+    if packed.device.type == "cpu" and not _cpu_kernel_is_exact(spec, shape):
+        return _dequantize_rows_of_one_block(packed.reshape(-1), absmax, spec, math.prod(shape), dtype).reshape(shape)
+    return torch.ops.bitsandbytes.dequantize_4bit.default(packed, absmax, spec.block_size, spec.quant_type, shape, dtype)
+
+
+# The widest block that bitsandbytes' CPU kernel takes itself.
+_CPU_BLOCK_SIZE = 1024
+
+
+def _cpu_kernel_is_exact(spec: QuantSpec, shape: tuple[int, ...]) -> bool:
+    """Whether rows are whole blocks.
+
+    bitsandbytes 0.50's CPU kernel begins a block with every row, and so takes wrong scales where blocks run on from one
+    row to the next; and it sends odd rows and wide blocks through torch.compile.
+    """
+    return shape[-1] % spec.block_size == 0 and spec.block_size <= _CPU_BLOCK_SIZE
+
+
+def _dequantize_rows_of_one_block(
+    packed: Tensor, absmax: Tensor, spec: QuantSpec, num_elements: int, dtype: torch.dtype
+) -> Tensor:
+    """The flat weight (num_elements,), on the CPU, computed as rows of one block each."""
+    size = min(spec.block_size, _CPU_BLOCK_SIZE)
+    if size < spec.block_size:
+        absmax = absmax.repeat_interleave(spec.block_size // size)[: -(-num_elements // size)]
+    num_whole = num_elements // size
+    rest = num_elements - num_whole * size
+    even_rest = rest + rest % 2  # the last byte holds two weights also where one alone is meant
+    parts = []
+    for begin, shape in ((0, (num_whole, size)), (num_whole, (1, even_rest))):
+        if math.prod(shape):
+            own = packed[begin * size // 2 : begin * size // 2 + math.prod(shape) // 2]
+            parts.append(
+                torch.ops.bitsandbytes.dequantize_4bit.default(
+                    own, absmax[begin : begin + shape[0]], size, spec.quant_type, shape, dtype
+                ).reshape(-1)
+            )
+    return torch.cat(parts)[:num_elements] if len(parts) > 1 else parts[0][:num_elements]
+
+
+def dequantize_borrowed(
+    packed: Tensor, statistics: Tensor, spec: QuantSpec, shape: tuple[int, ...], dtype: torch.dtype
+) -> Tensor:
+    """Like `dequantize`, for a result that is done with before this thread dequantizes again.
+
+    On CPUs it lies in one buffer a thread. A fresh buffer for every layer would come back from the kernel as pages to be
+    zeroed, or leave holes in the heap: five times the largest weight was seen to stay behind.
+    """
+    kernel = _cpu_kernel(packed.device, spec, shape, dtype)
+    if kernel is None:
+        return dequantize(packed, statistics, spec, shape, dtype)
+    num_elements = math.prod(shape)
+    absmax = unpack_absmax(statistics, spec, num_elements).contiguous()
+    packed_bytes = packed.view(torch.uint8).contiguous()
+    out = _thread_buffer(num_elements, dtype).reshape(shape)
+    pointers = [bitsandbytes.functional.get_ptr(tensor) for tensor in (packed_bytes, absmax, out)]
+    rows, columns = num_elements // shape[-1], shape[-1]
+    kernel(*pointers, *(ctypes.c_longlong(n) for n in (spec.block_size, rows, columns)))
+    return out
+
+
+def _cpu_kernel(device: torch.device, spec: QuantSpec, shape: tuple[int, ...], dtype: torch.dtype) -> Any:
+    """bitsandbytes' own CPU kernel, which writes where it is told to; None where it is not there or not exact."""
+    names = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
+    if device.type != "cpu" or dtype not in names or not _cpu_kernel_is_exact(spec, shape):
+        return None
+    return getattr(bitsandbytes.cextension.lib, f"cdequantize_blockwise_cpu_{spec.quant_type}_{names[dtype]}", None)
+
+
+def _thread_buffer(num_elements: int, dtype: torch.dtype) -> Tensor:
+    """This thread's buffer, at least so large, as a flat tensor."""
+    num_bytes = num_elements * dtype.itemsize
+    buffer = getattr(_buffers, "bytes", None)
+    if buffer is None or buffer.numel() < num_bytes:
+        _buffers.bytes = buffer = torch.empty(num_bytes, dtype=torch.uint8)
+    return buffer[:num_bytes].view(dtype)
+
+
+_buffers = threading.local()
 
 
 def dynamic_code(device: torch.device) -> Tensor:
@@ -264,8 +343,15 @@ def from_linear4bit(linear: Any, place: str) -> tuple[Tensor, Tensor, QuantSpec,
         BaseModelError: not quantized yet, or an evaluation on this CPU has repacked the weight in place
             (bitsandbytes 0.50 does so in Linear4bit.forward where AVX512-BF16 is there).
     """
-    weight = linear.weight
-    state = getattr(weight, "quant_state", None)
+    check_linear4bit(linear, place)
+    state = linear.weight.quant_state
+    entries = {f".{name}": value for name, value in state.as_dict(packed=True).items() if isinstance(value, Tensor)}
+    return from_bitsandbytes(linear.weight.data, entries, place)
+
+
+def check_linear4bit(linear: torch.nn.Module, place: str) -> None:
+    """Whether `from_linear4bit` can take a layer's weight; raises what it would raise, and copies nothing."""
+    state = getattr(linear.weight, "quant_state", None)
     if state is None:
         raise BaseModelError("the 4-bit layer is not quantized yet", place=place, next_step="move the model to its device")
     if getattr(state, "packing_format_for_cpu", False):
@@ -274,8 +360,6 @@ def from_linear4bit(linear: Any, place: str) -> tuple[Tensor, Tensor, QuantSpec,
             place=place,
             next_step="inject LoRA before the model is evaluated, or load the base with qlora.load_base",
         )
-    entries = {f".{name}": value for name, value in state.as_dict(packed=True).items() if isinstance(value, Tensor)}
-    return from_bitsandbytes(weight.data, entries, place)
 
 
 def bitsandbytes_optimizer(name: str) -> type[torch.optim.Optimizer]:

@@ -82,8 +82,13 @@ class Linear4bit(nn.Linear):
         shape = (self.out_features, self.in_features)
         return nf4.dequantize(self.weight.data, self.statistics.data, self.spec, shape, dtype or self.compute_dtype)
 
+    def borrow(self) -> Tensor:
+        """W (out, in) in the compute dtype, to be done with before this thread dequantizes again."""
+        shape = (self.out_features, self.in_features)
+        return nf4.dequantize_borrowed(self.weight.data, self.statistics.data, self.spec, shape, self.compute_dtype)
+
     def forward(self, x: Tensor) -> Tensor:
-        return lora_linear(x, self.dequantize, self.bias, None, None, 1.0)
+        return lora_linear(x, self.borrow, self.bias, None, None, 1.0)
 
     def _apply(self, fn: Any, recurse: bool = True) -> Linear4bit:
         """Move, never cast: packed bytes stored as floats would be converted as if they were numbers."""

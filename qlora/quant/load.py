@@ -23,7 +23,7 @@ from qlora.quant import shards
 from qlora.quant.linear import Linear4bit
 from qlora.quant.pickled import read_pickled_entries
 from qlora.quant.shards import TensorEntry
-from qlora.quant.source import BaseSource, read_config
+from qlora.quant.source import BaseSource
 
 
 @dataclass(frozen=True)
@@ -140,7 +140,7 @@ def read_skeleton(
 
 def _bitsandbytes_config(source: BaseSource) -> QuantizationConfig | None:
     """How a base that comes quantized was quantized, or None. Refuses methods other than bitsandbytes' 4 bits."""
-    stated = read_config(source.folder).get("quantization_config")
+    stated = shards.read_config(source.folder).get("quantization_config")
     if stated is None:
         return None
     method = stated.get("quant_method")
@@ -328,16 +328,24 @@ def _check_shape(entry: TensorEntry, key: str, found: tuple[int, ...], wanted: t
 
 def _tie(model: Any, source: BaseSource) -> None:
     """Point tied parameters at the one that was read, and refuse to go on with parameters that nothing filled."""
-    for target, origin in model.all_tied_weights_keys.items():
-        pair = {name: model.get_parameter(name) for name in (target, origin)}
-        empty = [name for name, parameter in pair.items() if parameter.is_meta]
-        if len(empty) == 1:
-            path, _, own_name = empty[0].rpartition(".")
-            setattr(model.get_submodule(path), own_name, next(p for p in pair.values() if not p.is_meta))
+    # Twice, because of three that are tied the one in the files may come last.
+    for target, origin in [*model.all_tied_weights_keys.items()] * 2:
+        here, there = (model.get_parameter_or_buffer(name) for name in (target, origin))
+        if here.is_meta and not there.is_meta:
+            _set_parameter(model, target, there)
+        elif there.is_meta and not here.is_meta:
+            _set_parameter(model, origin, here)
+        elif here is not there and not here.is_meta:
+            # As transformers does: files may hold both, and if these differ then nothing is tied.
+            if torch.equal(here, there):
+                _set_parameter(model, target, there)
+            else:
+                model.all_tied_weights_keys.pop(target, None)
     ignored = [re.compile(pattern) for pattern in getattr(model, "_keys_to_ignore_on_load_missing", None) or []]
     lost = [name for name, parameter in model.named_parameters() if parameter.is_meta]
     lost += [name for name in model.state_dict() if name not in lost and model.get_parameter_or_buffer(name).is_meta]
-    lost = [name for name in lost if not any(pattern.search(name) for pattern in ignored)]
+    made = {f"{path}.statistics" for path, module in model.named_modules() if isinstance(module, Linear4bit)}
+    lost = [name for name in lost if name not in made and not any(pattern.search(name) for pattern in ignored)]
     if lost:
         raise BaseModelError(
             f"{len(lost)} tensors of the model are in none of its files",
@@ -345,6 +353,11 @@ def _tie(model: Any, source: BaseSource) -> None:
             found=", ".join(lost[:5]),
             next_step="check that config.json and the weights belong together",
         )
+
+
+def _set_parameter(model: Any, name: str, parameter: Tensor) -> None:
+    path, _, own_name = name.rpartition(".")
+    setattr(model.get_submodule(path), own_name, parameter)
 
 
 def _restore_computed_buffers(model: Any, device: torch.device) -> None:

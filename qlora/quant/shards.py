@@ -14,6 +14,7 @@ import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -103,8 +104,14 @@ def read_header_and_metadata(file: Path) -> tuple[dict[str, TensorEntry], dict[s
         header = json.loads(raw, object_pairs_hook=_refuse_duplicates)
         metadata = header.pop("__metadata__", None) or {}
         entries = {}
+        if not all(isinstance(text, str) for text in metadata.values()):
+            raise ValueError("its metadata is not text")
         for name, item in header.items():
             begin, end = item["data_offsets"]
+            if item["dtype"] not in DTYPES:
+                raise BaseModelError(f"{name} is of a dtype that is not read here", place=str(file), found=item["dtype"])
+            if any(type(n) is not int or n < 0 for n in (begin, end, *item["shape"])):
+                raise ValueError(f"{name} has a shape or place that is no whole number")
             entry = TensorEntry(name, file, DTYPES[item["dtype"]], tuple(item["shape"]), 8 + length + begin)
             if end - begin != entry.num_bytes:
                 raise ValueError(f"{name} has {end - begin} bytes, its shape needs {entry.num_bytes}")
@@ -114,9 +121,18 @@ def read_header_and_metadata(file: Path) -> tuple[dict[str, TensorEntry], dict[s
                     wanted=f"at least {8 + length + end}", next_step="download or copy the file again",
                 )  # fmt: skip
             entries[name] = entry
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        _refuse_overlaps(entries.values())
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise BaseModelError(f"damaged safetensors header: {error}", place=str(file)) from error
     return entries, metadata
+
+
+def _refuse_overlaps(entries: Iterable[TensorEntry]) -> None:
+    free = 0
+    for entry in sorted(entries, key=lambda entry: (entry.offset, entry.num_bytes)):
+        if entry.offset < free:
+            raise ValueError(f"{entry.name} begins inside another tensor")
+        free = entry.offset + entry.num_bytes
 
 
 def _refuse_duplicates(pairs: list[tuple[str, object]]) -> dict[str, object]:
@@ -136,9 +152,9 @@ def find_weight_files(folder: Path) -> list[Path]:
     if index.is_file():
         try:
             names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
-        except (ValueError, KeyError, AttributeError) as error:
+            files = [folder / name for name in names]
+        except (ValueError, KeyError, AttributeError, TypeError) as error:
             raise BaseModelError(f"damaged index: {error}", place=str(index)) from error
-        files = [folder / name for name in names]
         missing = [file.name for file in files if file.parent != folder or not file.is_file()]
         if missing:
             raise BaseModelError(
@@ -172,13 +188,25 @@ def read_entries(folder: Path) -> dict[str, TensorEntry]:
     return entries
 
 
+def read_config(folder: Path) -> dict[str, Any]:
+    """config.json as a dictionary. Raises BaseModelError where it is none."""
+    path = folder / "config.json"
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+        if not isinstance(config, dict):
+            raise TypeError("not a JSON object")
+    except (ValueError, TypeError, RecursionError) as error:
+        raise BaseModelError(f"not JSON: {error}", place=str(path)) from error
+    return config
+
+
 def fingerprint(folder: Path, files: Iterable[Path]) -> str:
     """A hash that tells two bases apart without reading them whole: config, headers, sizes, and samples of the data.
 
     From each tensor, its first, middle and last 256 bytes are taken. Rank-local; equal for equal folders anywhere.
     """
     digest = hashlib.sha256()
-    config = json.loads((folder / "config.json").read_text())
+    config = read_config(folder)
     for volatile in ("_name_or_path", "transformers_version", "torch_dtype", "dtype"):
         config.pop(volatile, None)
     digest.update(json.dumps(config, sort_keys=True).encode())

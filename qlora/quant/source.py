@@ -5,7 +5,6 @@ What is recorded of a base is its name as the user wrote it, the commit a hub re
 
 from __future__ import annotations
 
-import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -13,6 +12,7 @@ from typing import Any
 from qlora.assets import tiny_path
 from qlora.errors import BaseModelError
 from qlora.quant import shards
+from qlora.quant.pickled import PICKLES
 
 BUILTIN = "builtin:tiny"
 FILES_NEEDED = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]
@@ -59,7 +59,7 @@ def resolve_base(base: str, revision: str | None = None, *, allow_pickle: bool =
         raise BaseModelError("no config.json", place=str(folder), wanted="a Hugging Face model folder")
     files = shards.find_weight_files(folder)
     if not files:
-        pickles = sorted(file.name for file in folder.glob("*.bin"))
+        pickles = sorted(file.name for file in folder.glob(PICKLES))
         if not pickles or not allow_pickle:
             raise BaseModelError(
                 "the base has no safetensors files",
@@ -90,11 +90,3 @@ def _fetch(base: str, revision: str | None, allow_pickle: bool) -> tuple[Path, s
         ) from error
     # The hub's cache names a snapshot's folder after its commit.
     return folder, folder.name if folder.parent.name == "snapshots" else revision
-
-
-def read_config(folder: Path) -> dict[str, Any]:
-    """config.json as a dictionary. Raises BaseModelError where it is not JSON."""
-    try:
-        return json.loads((folder / "config.json").read_text())
-    except ValueError as error:
-        raise BaseModelError(f"not JSON: {error}", place=str(folder / "config.json")) from error

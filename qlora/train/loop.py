@@ -52,7 +52,7 @@ def train(job: Job) -> Literal["done", "stopped"]:
                 job.counters,
                 learning_rate=learning_rate_at(batches.step, job.config.train, job.num_steps),
                 seed=job.config.train.seed,
-                stop_flag=job.stop.requested,
+                stop_requested=job.stop.requested,
             )
             refuse_nonfinite(result)
             is_last = result.step >= job.num_steps

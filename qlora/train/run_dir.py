@@ -9,7 +9,7 @@ import socket
 import sys
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from qlora.errors import CheckpointError, ConfigError
 from qlora.files import write_file
@@ -28,12 +28,10 @@ class RunDir:
             path.mkdir(parents=True, exist_ok=True)
             self._lock = open(path / "LOCK", "a+", encoding="utf-8")  # noqa: SIM115 (held for the life of the job)
         except OSError as error:
-            raise ConfigError(
-                f"the folder cannot be written to ({error.strerror})", place=f"train.output_dir: {path}"
-            ) from error
+            raise self._not_writable(error) from error
         try:
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
+        except BlockingIOError:
             self._lock.seek(0)
             owner = self._lock.read().strip() or "another process"
             self._lock.close()
@@ -43,14 +41,30 @@ class RunDir:
                 found=owner,
                 next_step="wait for it, stop it, or choose another train.output_dir",
             ) from None
-        self._lock.truncate(0)
+        except OSError as error:
+            self._lock.close()
+            raise ConfigError(
+                f"the file system cannot lock files ({error.strerror})",
+                place=f"train.output_dir: {path}",
+                next_step="choose a train.output_dir on another file system",
+            ) from error
         started = time.strftime("%Y-%m-%dT%H:%M:%S%z")
-        self._lock.write(json.dumps({"host": socket.gethostname(), "pid": os.getpid(), "start": started}) + "\n")
-        self._lock.flush()
+        try:
+            self._lock.truncate(0)
+            self._lock.write(json.dumps({"host": socket.gethostname(), "pid": os.getpid(), "start": started}) + "\n")
+            self._lock.flush()
+        except OSError as error:
+            raise self._not_writable(error) from error
+
+    def _not_writable(self, error: OSError) -> ConfigError:
+        return ConfigError(f"the folder cannot be written to ({error.strerror})", place=f"train.output_dir: {self.path}")
 
     def write_config(self, text: str) -> None:
-        """The resolved job."""
-        write_file(self.path / "config.yaml", text.encode())
+        """The resolved job. Raises ConfigError where it cannot be written."""
+        try:
+            write_file(self.path / "config.yaml", text.encode())
+        except OSError as error:
+            raise self._not_writable(error) from error
 
     def write_status(
         self,
@@ -62,7 +76,7 @@ class RunDir:
         reason: str | None = None,
         resumable: bool = False,
     ) -> None:
-        """How the run stands: running, done, stopped or failed."""
+        """How the run stands: running, done, stopped or failed. A full disk warns, and ends no run."""
         status = {
             "state": state,
             "step": step,
@@ -74,7 +88,10 @@ class RunDir:
             "pid": os.getpid(),
             "time": time.time(),
         }
-        write_file(self.path / "status.json", (json.dumps(status, indent=2) + "\n").encode())
+        try:
+            write_file(self.path / "status.json", (json.dumps(status, indent=2) + "\n").encode())
+        except OSError as error:
+            print(f"warning: status.json cannot be written ({error.strerror})", file=sys.stderr, flush=True)
 
     def close(self) -> None:
         """Give the folder up."""
@@ -90,8 +107,10 @@ class MetricsWriter:
     def write(self, row: dict[str, Any]) -> None:
         """Append one row. A full disk or a tracker that is down warns once."""
         try:
-            with open(self.path, "a", encoding="utf-8") as file:
-                file.write(json.dumps(row) + "\n")
+            with open(self.path, "a+b") as file:
+                line = json.dumps(row).encode() + b"\n"
+                # What a full disk or a killed process left of a row must not swallow this one.
+                file.write(b"\n" + line if _is_torn(file) else line)
         except OSError as error:
             self._warn(f"{self.path} cannot be written ({error.strerror}); training goes on without it")
         if self.accelerator is not None and self.accelerator.trackers:
@@ -104,3 +123,11 @@ class MetricsWriter:
         if not self.warned:
             print(f"warning: {text}", file=sys.stderr, flush=True)
             self.warned = True
+
+
+def _is_torn(file: BinaryIO) -> bool:
+    """Whether a file's last line has no end."""
+    if file.seek(0, os.SEEK_END) == 0:
+        return False
+    file.seek(-1, os.SEEK_END)
+    return file.read(1) != b"\n"

@@ -10,6 +10,7 @@ from __future__ import annotations
 import resource
 import sys
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +18,9 @@ import numpy as np
 import torch
 
 from qlora.adapter.base import load_base
-from qlora.adapter.files import save_adapter
+from qlora.adapter.files import adapter_parameters, render_files
 from qlora.checkpoint import resume, state
-from qlora.checkpoint.save import save_checkpoint
+from qlora.checkpoint.save import save_checkpoint, set_aside_after
 from qlora.checkpoint.state import Identity, TrainerState
 from qlora.config.load import dump_config
 from qlora.config.schema import JobConfig
@@ -30,14 +31,15 @@ from qlora.data.sampler import Position, Split
 from qlora.data.token_store import TokenizedDataset
 from qlora.data.tokenizer import load_tokenizer, padding_token_id
 from qlora.distributed import runtime as processes
+from qlora.distributed.collectives import whole_parameters
 from qlora.distributed.runtime import Engine, Runtime
-from qlora.errors import EXIT_BUG, EXIT_DONE, EXIT_STOPPED, ConfigError, QloraError
+from qlora.errors import EXIT_BUG, EXIT_DONE, EXIT_STOPPED, CheckpointError, ConfigError, QloraError
 from qlora.files import write_file
 from qlora.lora.inject import LoraReport, inject_lora
 from qlora.lora.layer import LoraLayer
 from qlora.objective.evaluate import evaluate
 from qlora.objective.train_model import LossHead, TrainModel
-from qlora.quant.source import resolve_base
+from qlora.quant.source import BaseSource, resolve_base
 from qlora.train.hooks import CheckpointHook, EvaluateHook, Hook, MetricsHook, ProgressHook, StatusHook
 from qlora.train.loop import Job, train
 from qlora.train.model_card import model_card
@@ -45,6 +47,15 @@ from qlora.train.optim import build_optimizer
 from qlora.train.preempt import StopFlag
 from qlora.train.run_dir import MetricsWriter, RunDir
 from qlora.train.step import Counters, StepResult, run_step
+
+
+@dataclass(frozen=True)
+class Data:
+    """What a run learns from and is evaluated on."""
+
+    rows: TokenizedDataset
+    eval_rows: TokenizedDataset | None
+    pad_token_id: int
 
 
 def run_training(config: JobConfig, *, dry_run: bool = False, force: bool = False) -> int:
@@ -70,7 +81,8 @@ def run_training(config: JobConfig, *, dry_run: bool = False, force: bool = Fals
             return _dry_run(config, runtime)
         run_dir = _own_run_dir(config, runtime)
         try:
-            outcome = _train(config, runtime, run_dir, rows, eval_rows, padding_token_id(tokenizer), force=force)
+            data = Data(rows, eval_rows, padding_token_id(tokenizer))
+            outcome = _train(config, runtime, run_dir, source, data, force=force)
         except BaseException as error:
             _record_failure(run_dir, error)
             raise
@@ -152,28 +164,34 @@ def _train(
     config: JobConfig,
     runtime: Runtime,
     run_dir: RunDir | None,
-    rows: TokenizedDataset,
-    eval_rows: TokenizedDataset | None,
-    pad_token_id: int,
+    source: BaseSource,
+    data: Data,
     *,
     force: bool,
 ) -> str:
     """Everything between the locked run directory and the final adapter. Collective."""
     folder = Path(config.train.output_dir)
-    model, train_model, report = _build(config, runtime)
-    plan = plan_packs(rows, config.data, config.train.seed)
-    split = _split(config, runtime)
-    loader = TrainLoader(rows, plan, split=split, rank=runtime.rank, seed=config.train.seed, pad_token_id=pad_token_id)
+    plan = plan_packs(data.rows, config.data, config.train.seed)
+    loader = TrainLoader(
+        data.rows,
+        plan,
+        split=_split(config, runtime),
+        rank=runtime.rank,
+        seed=config.train.seed,
+        pad_token_id=data.pad_token_id,
+    )
     identity = Identity(
-        base=model.qlora_base.source.record(),
-        data=rows.fingerprint,
+        base=source.record(),
+        data=data.rows.fingerprint,
         plan=plan.hash,
         config=config.model_dump(mode="json"),
         world_size=runtime.world_size,
         mode=runtime.mode,
         versions=state.stack_versions(),
     )
+    # Before the base is read, which may take minutes.
     found = runtime.from_main(lambda: _find_checkpoint(config, folder, identity, force))
+    model, train_model, report = _build(config, runtime)
     if found is not None:
         resume.load_parameters(found, model)
     engine = _prepare(config, runtime, train_model)
@@ -182,7 +200,7 @@ def _train(
     trainer = found.trainer if found is not None else TrainerState(0, 0, 0, 0)
     num_steps = config.train.max_steps or loader.schedule.num_steps(config.train.num_train_epochs)
     if runtime.is_main:
-        _announce(config, runtime, report, rows, len(plan), num_steps, found)
+        _announce(config, runtime, report, data.rows, len(plan), num_steps, found)
 
     def save(result: StepResult) -> None:
         save_checkpoint(
@@ -191,33 +209,40 @@ def _train(
             engine,
             TrainerState(result.step, result.position.global_index, result.num_tokens, result.num_target_tokens),
             identity,
-            write=runtime.is_main,
+            runtime=runtime,
             keep_last=config.checkpoint.keep_last,
         )
 
-    stop = StopFlag().listen()
+    def write_start(run_dir: RunDir) -> None:
+        for aside in set_aside_after(folder, trainer.step):
+            print(f"warning: the run does not go on from this checkpoint, which is now {aside}", file=sys.stderr, flush=True)
+        run_dir.write_config(dump_config(config, state.stack_versions()))
+        run_dir.write_status("running", trainer.step, num_steps=num_steps)
+
+    runtime.from_main(lambda: write_start(run_dir) if run_dir is not None else None)
+    # Under --force the global batch may be another one: steps go on counting, and the data starts where they stand.
+    position = loader.schedule.position_of_step(trainer.step) if force else Position(trainer.global_index)
+    stop = StopFlag()
     job = Job(
         config=config,
         runtime=runtime,
         engine=engine,
         loader=loader,
-        hooks=_hooks(config, runtime, run_dir, engine, eval_rows, pad_token_id, num_steps, save),
+        hooks=_hooks(config, runtime, run_dir, engine, data, num_steps, save),
         num_steps=num_steps,
-        position=Position(trainer.global_index),
+        position=position,
         counters=Counters(trainer.num_tokens, trainer.num_target_tokens),
         stop=stop,
     )
-    if run_dir is not None:
-        run_dir.write_config(dump_config(config, state.stack_versions()))
-        run_dir.write_status("running", trainer.step, num_steps=num_steps)
-    outcome = train(job)
-    if outcome == "done":
-        save_adapter(model, folder / "adapter", write=runtime.is_main)
+    stop.listen()
+    try:
+        outcome = train(job)
+        if outcome == "done":
+            _write_adapter(runtime, model, folder / "adapter", model_card(config, identity, report, num_steps))
+    finally:
+        stop.release()
     if run_dir is not None:
         step = num_steps if outcome == "done" else state.step_of(state.committed(folder)[-1])
-        if outcome == "done":
-            write_file(folder / "adapter" / "README.md", model_card(config, identity, report, num_steps).encode())
-            print(f"adapter: {folder / 'adapter'}", flush=True)
         code = EXIT_DONE if outcome == "done" else EXIT_STOPPED
         run_dir.write_status(outcome, step, num_steps=num_steps, exit_code=code, resumable=outcome == "stopped")
     # A launcher that sees one rank end with another code than 0 ends the others at once: none may leave before the
@@ -226,12 +251,34 @@ def _train(
     return outcome
 
 
+def _write_adapter(runtime: Runtime, model: Any, folder: Path, card: str) -> None:
+    """Gather the final adapter and write it beside its card. Collective. Raises CheckpointError on every rank."""
+    values = whole_parameters(adapter_parameters(model), keep=runtime.is_main)
+
+    def write() -> None:
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            for name, content in {**render_files(model, values), "README.md": card.encode()}.items():
+                write_file(folder / name, content)
+        except OSError as error:
+            raise CheckpointError(
+                f"the adapter cannot be written ({error.strerror})",
+                place=str(folder),
+                next_step="make room and start the job again: it goes on from its last checkpoint",
+            ) from error
+        print(f"adapter: {folder}", flush=True)
+
+    runtime.from_main(write)
+
+
 def _find_checkpoint(config: JobConfig, folder: Path, identity: Identity, force: bool) -> resume.Found | None:
     """The checkpoint to go on from, checked against this job. Main rank only."""
     found = resume.find_checkpoint(folder, config.checkpoint.resume)
     if found is not None:
         for line in resume.check_identity(found, identity, force=force):
             print(f"warning: --force: {line}; the run no longer continues exactly", file=sys.stderr, flush=True)
+        if changed := resume.changed_versions(found, identity):
+            print(f"warning: {changed}: the run may not continue to the last bit", file=sys.stderr, flush=True)
     return found
 
 
@@ -240,8 +287,7 @@ def _hooks(
     runtime: Runtime,
     run_dir: RunDir | None,
     engine: Engine,
-    eval_rows: TokenizedDataset | None,
-    pad_token_id: int,
+    data: Data,
     num_steps: int,
     save: Callable[[StepResult], None],
 ) -> list[Hook]:
@@ -258,14 +304,14 @@ def _hooks(
             MetricsHook(writer, every, lambda: peak_memory_bytes(runtime.device)),
             StatusHook(lambda step: run_dir.write_status("running", step, num_steps=num_steps)),
         ]
-    if eval_rows is not None:
+    if data.eval_rows is not None:
         loader = EvalLoader(
-            eval_rows,
-            plan_packs(eval_rows, config.data, seed=0),
+            data.eval_rows,
+            plan_packs(data.eval_rows, config.data, seed=0),
             per_device_batch_size=config.eval.per_device_eval_batch_size or config.train.per_device_train_batch_size,
             rank=runtime.rank,
             world_size=runtime.world_size,
-            pad_token_id=pad_token_id,
+            pad_token_id=data.pad_token_id,
         )
         hooks.append(
             EvaluateHook(config.eval.every_steps, lambda: evaluate(engine.model, loader, runtime.device, runtime), writer)
@@ -300,7 +346,12 @@ def peak_memory_bytes(device: torch.device) -> int:
     """The most this process has held: of the GPU's memory, or resident where it computes on the CPU."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    status = Path("/proc/self/status")
+    if status.is_file():
+        # getrusage would count what the launcher held when it forked this process.
+        line = next(line for line in status.read_text().splitlines() if line.startswith("VmHWM"))
+        return int(line.split()[1]) * 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
 def _dry_run(config: JobConfig, runtime: Runtime) -> int:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -64,9 +65,13 @@ def run_step(
     *,
     learning_rate: float,
     seed: int,
-    stop_flag: bool = False,
+    stop_requested: Callable[[], bool] = lambda: False,
 ) -> StepResult:
-    """Do one optimizer step. Collective."""
+    """Do one optimizer step. Collective.
+
+    Args:
+        stop_requested: asked of each rank when its part of the step is done; what one says goes for all.
+    """
     start = time.perf_counter()
     # Ranks average their gradients, so the factor of the number of ranks makes that a sum.
     factor = runtime.world_size / batches.global_num_target_tokens
@@ -79,7 +84,7 @@ def run_step(
             engine.backward(loss_sum * factor)
         totals[0] += loss_sum.detach()
     grad_norm = engine.step(learning_rate)
-    totals[1] = float(stop_flag)
+    totals[1] = float(stop_requested())
     runtime.sum(totals)
     loss, stops = (totals / torch.tensor([batches.global_num_target_tokens, 1.0], device=totals.device)).tolist()
     counters.num_tokens += batches.global_num_tokens

@@ -1,0 +1,92 @@
+"""What a model's own forward pass shows and its config does not say: how it makes logits, and whether packed documents
+stay apart.
+
+Architectures differ in what lies between the last hidden state and the logits, and in what besides attention carries
+one token to the next (convolutions, recurrent states, masks of their own). A list of names would be behind the next
+release, so a dozen tokens are run through the model itself when it is wrapped for training.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from qlora.data.batch import Batch, collate_packed
+from qlora.distributed.collectives import is_partitioned
+
+DOCUMENT_TOKENS = (6, 5)
+# Logits may come in bfloat16, which rounds to 0.4%; a factor that was overlooked
+# or a layer in between makes far more.
+LOGIT_TOLERANCE = 0.02
+
+
+def can_run(model: nn.Module) -> bool:
+    """Whether all weights are here and whole."""
+    return not any(p.is_meta or is_partitioned(p) for p in model.parameters())
+
+
+def reproduces_logits(model: Any, decoder: nn.Module, head: Callable[[Tensor], Tensor]) -> bool:
+    """Whether the head, applied to the decoder's last hidden states, gives the model's own logits. Rank-local."""
+    outputs: list[Any] = []
+    handle = decoder.register_forward_hook(lambda _module, _args, output: outputs.append(output))
+    try:
+        with _in_eval_mode(model), torch.no_grad():
+            logits = model(input_ids=_some_tokens(model).input_ids_BT, use_cache=False).logits.float()
+            hidden = getattr(outputs[0], "last_hidden_state", None) if outputs else None
+            if hidden is None or hidden.shape[:-1] != logits.shape[:-1]:
+                return False
+            found = head(hidden).float()
+    finally:
+        handle.remove()
+    return bool((found - logits).abs().max() <= LOGIT_TOLERANCE * logits.abs().max())
+
+
+def documents_stay_apart(model: Any, hidden_states: Callable[[Batch], Tensor]) -> bool:
+    """Whether no token of a packed row's second document depends on the first. Rank-local.
+
+    It is read off the gradient with respect to the first document's embeddings, which is exactly zero where there is no
+    path at all, whatever the arithmetic's precision.
+
+    Args:
+        hidden_states: batch to (B, T, D) through the model.
+    """
+    first = DOCUMENT_TOKENS[0]
+    embedded: list[Tensor] = []
+
+    def keep(_module: nn.Module, _args: Any, output: Tensor) -> Tensor:
+        embedded.append(output.detach().requires_grad_(True))
+        return embedded[-1]
+
+    handle = model.get_input_embeddings().register_forward_hook(keep)
+    try:
+        with _in_eval_mode(model), torch.enable_grad():
+            second = hidden_states(_some_tokens(model))[:, first:].float()
+            # Weighted, because the plain sum over a normalised vector does not depend on what is in it.
+            weights = torch.randn(second.shape, generator=torch.Generator().manual_seed(0)).to(second.device)
+            (gradient,) = torch.autograd.grad((second * weights).sum(), embedded[:1])
+    finally:
+        handle.remove()
+    return not gradient[:, :first].any()
+
+
+def _some_tokens(model: Any) -> Batch:
+    """Two packed documents. Their tokens are from the lower middle of the vocabulary, away from special ones."""
+    num_ids = model.get_input_embeddings().weight.shape[0]
+    ids = np.random.default_rng(0).integers(num_ids // 4, num_ids // 2 + 1, sum(DOCUMENT_TOKENS))
+    rows = np.split(ids, [DOCUMENT_TOKENS[0]])
+    return collate_packed([(row, np.ones(len(row), dtype=np.uint8)) for row in rows]).to(model.device)
+
+
+@contextmanager
+def _in_eval_mode(model: nn.Module) -> Iterator[None]:
+    was_training = model.training
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train(was_training)

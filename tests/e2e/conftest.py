@@ -1,0 +1,418 @@
+"""A small base, data, and the runs that several tests look at: each is started once a session.
+
+A world is one launch with a launch file of the project; its jobs run one after another in the same ranks
+(`several_jobs.py`). Everything is fp32 and small, but nothing is even: layers have odd widths and an odd r, so that
+shards need padding, and an epoch's last batch is short, so that ranks and micro-steps run out of packs.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import random
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+ROOT = Path(__file__).parents[2]
+TIMEOUT = 240.0
+
+# 4 packs a step in every split; steps 3 and 6 write checkpoints, and the epoch ends within the run.
+ACC1 = ["train.per_device_train_batch_size={rows}", "train.gradient_accumulation_steps=1"]
+ACC2 = ["train.per_device_train_batch_size={half}", "train.gradient_accumulation_steps=2"]
+SAVES = ["checkpoint.every_steps=3", "checkpoint.keep_last=10"]
+DROPOUT = ["lora.lora_dropout=0.1"]
+WHOLLY = ["lora.train_norms=true", "lora.train_embeddings=true", "lora.train_head=true"]
+SIX = ["train.gradient_accumulation_steps=1", "train.max_steps=5", *SAVES]
+
+
+@dataclass(frozen=True)
+class Job:
+    """One command line. `after` names the run (WORLD.JOB) that it goes on from, as that was after step 3."""
+
+    overrides: Sequence[str]
+    after: str | None = None
+    options: Sequence[str] = ()
+
+
+@dataclass(frozen=True)
+class World:
+    """One launch."""
+
+    config: str
+    num_processes: int
+    jobs: dict[str, Job]
+
+
+def _usual(*, after: str) -> dict[str, Job]:
+    """What every world does."""
+    return {
+        "acc1": Job([*ACC1, "data.eval=[{eval}]", "eval.every_steps=2", "checkpoint.every_steps=null"]),
+        "acc2": Job([*ACC2, *SAVES]),
+        "dropout": Job([*ACC2, *SAVES, *DROPOUT]),
+        "resumed": Job([*ACC2, *SAVES, *DROPOUT], after=after),
+        "recompute": Job([*ACC2, *DROPOUT, "train.gradient_checkpointing=true"]),
+    }
+
+
+def _wholly(world: str) -> dict[str, Job]:
+    """Norms and the tied embedding and head trained as wholes, beside LoRA."""
+    job = [*ACC1, *SAVES, *WHOLLY]
+    return {"wholly": Job(job), "wholly_resumed": Job(job, after=f"{world}.wholly")}
+
+
+WORLDS = {
+    "single": World(
+        "single", 1, _usual(after="single.dropout") | _wholly("single") | {"dry": Job(ACC1, options=["--dry-run"])}
+    ),
+    "zero1": World("zero1", 2, _usual(after="zero1.dropout") | {"long": Job([*ACC1, "train.max_steps=40"])}),
+    "zero2": World("zero2", 2, _usual(after="zero2.dropout")),
+    "ddp": World(
+        "ddp",
+        2,
+        _usual(after="ddp.dropout") | _wholly("ddp") | {"from_zero2": Job([*ACC1, *SAVES], after="zero2.acc2")},
+    ),
+    "zero3": World(
+        "zero3",
+        2,
+        _usual(after="zero3.dropout")
+        | _wholly("zero3")
+        | {
+            "from_single": Job([*ACC2, *SAVES], after="single.acc2"),
+            "bf16": Job([*ACC2, "model.dtype=bfloat16", "train.gradient_checkpointing=true"]),
+            "dry": Job(ACC1, options=["--dry-run"]),
+            "six": Job([*SIX, "train.per_device_train_batch_size=3"]),
+        },
+    ),
+    # Small layers are kept whole by DeepSpeed unless its threshold is 0, as in the launch file made for this world.
+    "sharded": World(
+        "sharded",
+        3,
+        {
+            "six": Job([*SIX, "train.per_device_train_batch_size=2", "data.eval=[{eval}]", "eval.every_steps=2"]),
+            "six_from_two": Job([*SIX, "train.per_device_train_batch_size=2"], after="zero3.six"),
+            "six_recompute": Job([*SIX, "train.per_device_train_batch_size=2", "train.gradient_checkpointing=true"]),
+        },
+    ),
+    "again": World("single", 1, {"from_zero3": Job([*ACC1, *SAVES], after="zero3.acc2")}),
+}
+
+
+@dataclass(frozen=True)
+class Result:
+    """What a job left."""
+
+    run_dir: Path
+    codes: list[int]
+    logs: list[str]
+    started_from: list[str] = field(default_factory=list)
+
+    @cached_property
+    def rows(self) -> list[dict[str, Any]]:
+        lines = (self.run_dir / "metrics.jsonl").read_text().splitlines()
+        return [json.loads(line) for line in lines]
+
+    @property
+    def training(self) -> list[dict[str, Any]]:
+        return [row for row in self.rows if "loss" in row]
+
+    @property
+    def evaluations(self) -> list[dict[str, Any]]:
+        return [row for row in self.rows if "eval_loss" in row]
+
+    def values(self, key: str) -> list[float]:
+        return [row[key] for row in self.training]
+
+    @property
+    def status(self) -> dict[str, Any]:
+        return json.loads((self.run_dir / "status.json").read_text())
+
+    def adapter(self) -> dict[str, Any]:
+        from safetensors.torch import load_file
+
+        return load_file(self.run_dir / "adapter" / "adapter_model.safetensors")
+
+
+def make_small_base(folder: Path, *, vocabulary_rows: int | None = None) -> Path:
+    """A Llama of two layers with random weights (bf16, in safetensors) and a byte-level tokenizer with a template."""
+    import torch
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+    tokens = Tokenizer(models.BPE())
+    tokens.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokens.decoder = decoders.ByteLevel()
+    special = ["<|im_start|>", "<|im_end|>"]
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(vocab_size=301, initial_alphabet=alphabet, special_tokens=special, show_progress=False)
+    tokens.train_from_iterator(["hello world what is this a question and an answer"] * 10, trainer)
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=tokens, bos_token=special[0], eos_token=special[1], pad_token=special[1]
+    )
+    tokenizer.chat_template = (
+        "{% for m in messages %}<|im_start|>{{m['role']}}\n{% if m['role']=='assistant' %}{% generation %}{{m['content']}}"
+        "<|im_end|>{% endgeneration %}{% else %}{{m['content']}}<|im_end|>{% endif %}\n{% endfor %}"
+        "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+    )
+    tokenizer.save_pretrained(folder)
+    config = LlamaConfig(
+        vocab_size=vocabulary_rows or len(tokenizer),
+        hidden_size=64,
+        intermediate_size=129,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=512,
+        tie_word_embeddings=True,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        initializer_range=0.1,
+    )
+    torch.manual_seed(0)
+    LlamaForCausalLM(config).to(torch.bfloat16).save_pretrained(folder)
+    return folder
+
+
+def write_rows(path: Path, num_rows: int, seed: int) -> Path:
+    """Conversations of one question and one answer in random words."""
+    words = ["alpha", "beta", "gamma", "delta", "one", "two", "three", "four", "five", "six", "seven"]
+    draw = random.Random(seed)
+    with path.open("w") as file:
+        for _ in range(num_rows):
+            turns = [
+                {"role": role, "content": " ".join(draw.choices(words, k=draw.randint(2, most)))}
+                for role, most in (("user", 12), ("assistant", 10))
+            ]
+            file.write(json.dumps({"messages": turns}) + "\n")
+    return path
+
+
+def children_of(pid: int) -> list[int]:
+    """All descendants of a process, from /proc."""
+    parents: dict[int, list[int]] = {}
+    for entry in Path("/proc").iterdir():
+        if entry.name.isdigit():
+            try:
+                fields = (entry / "stat").read_text().rpartition(")")[2].split()
+            except OSError:
+                continue
+            parents.setdefault(int(fields[1]), []).append(int(entry.name))
+    found: list[int] = []
+    todo = [pid]
+    while todo:
+        own = parents.get(todo.pop(), [])
+        found += own
+        todo += own
+    return found
+
+
+class Project:
+    """A base, data and job file in one folder, and the ways to start the command with them."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.base = make_small_base(folder / "base")
+        self.train = write_rows(folder / "train.jsonl", 23, seed=0)  # 17 packs
+        self.eval = write_rows(folder / "eval.jsonl", 11, seed=1)
+        self.job = folder / "job.yaml"
+        job = {
+            "model": {"base": str(self.base), "dtype": "float32"},
+            "lora": {"r": 3, "lora_alpha": 6},
+            "data": {"train": [str(self.train)], "max_length": 128, "cache_dir": str(folder / "cache")},
+            "train": {"max_steps": 7, "learning_rate": 1.0e-2, "weight_decay": 0.1, "seed": 1},
+        }
+        self.job.write_text(yaml.safe_dump(job))
+        self._results: dict[str, dict[str, Result]] = {}
+        self._started: list[subprocess.Popen[bytes]] = []
+        self._write_sharded_launch_file()
+
+    def _write_sharded_launch_file(self) -> None:
+        launch = yaml.safe_load((ROOT / "launch/accelerate/zero3.yaml").read_text())
+        zero = json.loads((ROOT / launch["deepspeed_config"]["deepspeed_config_file"]).read_text())
+        zero["zero_optimization"] |= {"stage3_param_persistence_threshold": 0, "stage3_model_persistence_threshold": 0}
+        (self.folder / "sharded.json").write_text(json.dumps(zero))
+        launch["deepspeed_config"]["deepspeed_config_file"] = str(self.folder / "sharded.json")
+        (self.folder / "sharded.yaml").write_text(yaml.safe_dump(launch))
+
+    # Starting processes
+
+    def start(self, arguments: Sequence[str], log: Path) -> subprocess.Popen[bytes]:
+        """Start a Python command line in the repository root, both its streams into a file."""
+        environment = {k: v for k, v in os.environ.items() if not k.startswith(("ACCELERATE_", "RANK", "WORLD_SIZE"))}
+        # bitsandbytes compiles its fallback for odd widths, seconds in every process.
+        environment |= {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "TORCHDYNAMO_DISABLE": "1"}
+        with log.open("wb") as file:
+            process = subprocess.Popen(
+                [sys.executable, *arguments], cwd=ROOT, env=environment, stdout=file, stderr=file, start_new_session=True
+            )
+        self._started.append(process)
+        return process
+
+    def launch_arguments(self, config: str, num_processes: int) -> list[str]:
+        path = ROOT / f"launch/accelerate/{config}.yaml"
+        if not path.exists():
+            path = self.folder / f"{config}.yaml"
+        launch = ["-m", "accelerate.commands.launch", "--config_file", str(path)]
+        return [*launch, "--num_processes", str(num_processes), "--main_process_port", "0"]
+
+    def launch(self, config: str, num_processes: int, *arguments: str, log: Path) -> subprocess.Popen[bytes]:
+        """`accelerate launch ... -m qlora ARGUMENTS`."""
+        return self.start([*self.launch_arguments(config, num_processes), "-m", "qlora", *arguments], log)
+
+    @staticmethod
+    def wait(process: subprocess.Popen[bytes], log: Path, timeout: float = TIMEOUT) -> int:
+        """Wait for the end, for as long as a test may take."""
+        try:
+            return process.wait(timeout)
+        except subprocess.TimeoutExpired:
+            kill_tree(process.pid)
+            pytest.fail(f"did not end in {timeout:.0f} s:\n{log.read_text(errors='replace')[-4000:]}")
+
+    def end_all(self) -> None:
+        for process in self._started:
+            if process.poll() is None:
+                kill_tree(process.pid)
+                process.wait()
+
+    def fill(self, text: str, world_size: int) -> str:
+        return text.format(rows=4 // world_size, half=2 // world_size, eval=self.eval)
+
+    # Runs that tests share
+
+    def result(self, name: str) -> Result:
+        """The run WORLD.JOB; its world is launched on the first call."""
+        world, job = name.split(".")
+        if world not in self._results:
+            self._results[world] = self._run_world(world)
+        return self._results[world][job]
+
+    def _run_world(self, name: str) -> dict[str, Result]:
+        world = WORLDS[name]
+        folder = self.folder / name
+        folder.mkdir()
+        jobs = []
+        for job_name, job in world.jobs.items():
+            run_dir, prepare = folder / job_name, None
+            if job.after is not None:
+                own = job.after.startswith(f"{name}.")
+                source = folder / job.after.split(".")[1] if own else self.result(job.after).run_dir
+                prepare = [str(source), str(run_dir), 3]
+            overrides = [self.fill(text, world.num_processes) for text in job.overrides]
+            argv = ["train", str(self.job), f"train.output_dir={run_dir}", *overrides, *job.options]
+            jobs.append(
+                {
+                    "argv": argv,
+                    "port": free_port(),
+                    "log": str(folder / f"{job_name}.log"),
+                    "prepare": prepare,
+                }
+            )
+        table = folder / "jobs.json"
+        table.write_text(json.dumps(jobs))
+        script = str(Path(__file__).with_name("several_jobs.py"))
+        log = folder / "launch.log"
+        process = self.start([*self.launch_arguments(world.config, world.num_processes), script, str(table)], log)
+        assert self.wait(process, log) == 0, log.read_text()[-4000:]
+        results = {}
+        for job_name in world.jobs:
+            ranks = range(world.num_processes)
+            codes = [int((folder / f"{job_name}.log.{rank}.code").read_text()) for rank in ranks]
+            logs = [(folder / f"{job_name}.log.{rank}").read_text(errors="replace") for rank in ranks]
+            assert codes == [0] * world.num_processes, f"{name}.{job_name}: {codes}\n" + "\n".join(t[-3000:] for t in logs)
+            results[job_name] = Result(folder / job_name, codes, logs)
+        return results
+
+
+def kill_tree(pid: int) -> None:
+    """Kill a process and its descendants, which a launcher puts into sessions of their own."""
+    for number in [*children_of(pid), pid]:
+        try:
+            os.kill(number, signal.SIGKILL)
+        except ProcessLookupError:
+            continue
+
+
+def free_port() -> int:
+    with socket.socket() as server:
+        server.bind(("127.0.0.1", 0))
+        return int(server.getsockname()[1])
+
+
+def assert_close_relative(found: Sequence[float], wanted: Sequence[float], relative: float) -> None:
+    """Every number within a relative difference of its partner."""
+    assert len(found) == len(wanted)
+    for step, (a, b) in enumerate(zip(found, wanted, strict=True)):
+        assert math.isclose(a, b, rel_tol=relative), f"at {step}: {a} and {b} differ by {abs(a - b) / abs(b):.2e}"
+
+
+def wait_until(condition: Callable[[], Any], timeout: float = 120.0) -> Any:
+    """The first true value of a condition."""
+    end = time.monotonic() + timeout
+    while time.monotonic() < end:
+        if value := condition():
+            return value
+        time.sleep(0.02)
+    pytest.fail("waited in vain")
+
+
+@pytest.fixture(scope="session")
+def project(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Project]:
+    project = Project(tmp_path_factory.mktemp("project"))
+    yield project
+    project.end_all()
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _without_compiling() -> Iterator[None]:
+    """As in the processes that `Project.start` starts."""
+    from torch._dynamo import config
+
+    former, config.disable = config.disable, True
+    yield
+    config.disable = former
+
+
+@pytest.fixture(scope="session")
+def close_relative() -> Callable[[Sequence[float], Sequence[float], float], None]:
+    return assert_close_relative
+
+
+@pytest.fixture(scope="session")
+def patiently() -> Callable[..., Any]:
+    return wait_until
+
+
+@pytest.fixture(scope="session")
+def descendants() -> Callable[[int], list[int]]:
+    return children_of
+
+
+@pytest.fixture
+def finished_run(project: Project, tmp_path: Path) -> Path:
+    """A copy of a run of seven steps with checkpoints after 3, 6 and 7, to be resumed or damaged."""
+    target = tmp_path / "run"
+    shutil.copytree(project.result("single.acc2").run_dir, target)
+    return target
+
+
+@pytest.fixture(scope="session", name="make_small_base")
+def make_small_base_fixture() -> Callable[..., Path]:
+    return make_small_base
+
+
+@pytest.fixture(scope="session")
+def launched_files() -> set[str]:
+    """The launch files of the project that worlds are started with."""
+    return {world.config for world in WORLDS.values()} - {"sharded"}

@@ -1,0 +1,344 @@
+"""Injection into whole models: what is frozen, what trains, what is refused, and what the report says."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import bitsandbytes
+import pytest
+import torch
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+
+from qlora.config.schema import LoraConfig, QuantizationConfig
+from qlora.errors import AdapterError, BaseModelError, ConfigError
+from qlora.lora.inject import count_parameters, inject_lora, is_norm
+from qlora.lora.layer import LoraLinear, initial_A, lora_layers, merge_adapter
+from qlora.quant.linear import Linear4bit
+from qlora.quant.load import load_model
+from qlora.quant.source import resolve_base
+
+IDS = torch.randint(3, 300, (2, 20), generator=torch.Generator().manual_seed(0))
+
+
+def make_mlp() -> nn.Sequential:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(16, 32), nn.LayerNorm(32), nn.ReLU(), nn.Linear(32, 8))
+
+
+def randomize_B(model: nn.Module, std: float = 0.05) -> None:
+    generator = torch.Generator().manual_seed(1)
+    for _, layer in lora_layers(model):
+        for lora_B in layer.lora_B.values():
+            with torch.no_grad():
+                lora_B.copy_(torch.randn(lora_B.shape, generator=generator) * std)
+
+
+def state_of(model: nn.Module) -> dict[str, Tensor]:
+    return {name: value.clone() for name, value in model.state_dict().items()}
+
+
+def assert_untouched(model: nn.Module, before: dict[str, Tensor]) -> None:
+    after = model.state_dict()
+    assert after.keys() == before.keys()
+    assert all(torch.equal(after[name], before[name]) for name in before)
+
+
+# On any module.
+
+
+def test_only_the_factors_train() -> None:
+    model = make_mlp()
+    report = inject_lora(model, LoraConfig(r=4))
+    assert {name for name, p in model.named_parameters() if p.requires_grad} == {
+        f"{index}.{part}.default" for index in (0, 3) for part in ("lora_A", "lora_B")
+    }
+    assert report.num_trainable == count_parameters(model, trainable_only=True) == 4 * (16 + 32) + 4 * (32 + 8)
+    assert report.num_total == sum(p.numel() for p in model.parameters())
+    assert report.targeted == {"0": "all-linear", "3": "all-linear"}
+
+
+def test_the_output_before_the_first_step_is_exactly_the_bases(architecture: str, make_model: Callable[..., Any]) -> None:
+    model = make_model(architecture)
+    with torch.no_grad():
+        want = model(IDS).logits
+        if architecture == "gpt2":  # Conv1D, unquantized, is no linear layer
+            with pytest.raises(ConfigError, match="matches no module"):
+                inject_lora(model, LoraConfig(r=4))
+            return
+        inject_lora(model, LoraConfig(r=4))
+        assert torch.equal(model(IDS).logits, want)
+        randomize_B(model)
+        assert not torch.allclose(model(IDS).logits, want, atol=1e-3)
+
+
+def test_all_linear_is_what_is_quantized(architecture: str, make_base: Callable[..., Path]) -> None:
+    """In 4 bits: every layer that is quantized gets an adapter, the head gets none, and what cannot carry one is listed."""
+    model = load_model(resolve_base(str(make_base(architecture))), quantization=QuantizationConfig())
+    report = inject_lora(model, LoraConfig(r=4))
+    narrow = {path for path, why in report.skipped.items() if "below r" in why}
+    assert narrow == {p for p in report.skipped if p.endswith("shared_expert_gate")}
+    assert set(report.targeted) == set(model.qlora_base.quantized) - narrow
+    assert {path for path, _ in lora_layers(model)} == set(report.targeted)
+    head = next(name for name, module in model.named_modules() if module is model.get_output_embeddings())
+    assert report.skipped[head] == "output head"
+    experts = {name for name, p in model.named_parameters() if p.ndim == 3}
+    assert experts == set(report.untargetable)
+    assert bool(experts) == (architecture in ("mixtral", "qwen2_moe"))
+
+
+def test_counts_under_4bit_are_of_weights(make_base: Callable[..., Path]) -> None:
+    source = resolve_base(str(make_base("llama")))
+    plain, packed = load_model(source), load_model(source, quantization=QuantizationConfig())
+    theirs = transformers_4bit(source.folder)
+    want = sum(parameter.numel() for parameter in plain.parameters())
+    assert count_parameters(plain) == count_parameters(packed) == count_parameters(theirs) == want
+    reports = [inject_lora(model, LoraConfig(r=8)) for model in (plain, packed, theirs)]
+    assert len({(report.num_trainable, report.num_total) for report in reports}) == 1
+    assert reports[0].num_trainable == sum(8 * (layer.in_features + layer.out_features) for _, layer in lora_layers(plain))
+    assert reports[0].num_total == want + reports[0].num_trainable
+
+
+def test_a_tied_weight_counts_once(make_model: Callable[..., Any]) -> None:
+    model = make_model("llama", tie_word_embeddings=True)
+    assert count_parameters(model) == sum(p.numel() for p in model.parameters())
+
+
+def test_the_mode_of_a_layer_stays() -> None:
+    for training in (True, False):
+        model = make_mlp().train(training)
+        inject_lora(model, LoraConfig(r=4))
+        assert all(module.training == training for module in model.modules())
+
+
+def test_the_report_in_words(make_model: Callable[..., Any]) -> None:
+    report = inject_lora(make_model("mixtral"), LoraConfig(r=4, exclude_modules=["o_proj"], train_norms=True))
+    text = str(report)
+    assert "LoRA on 6 layers" in text
+    assert "q_proj: 2 x, by all-linear" in text
+    assert "left without: o_proj, 2 x (excluded by o_proj)" in text
+    assert "left without: lm_head, 1 x (output head)" in text
+    assert "cannot carry one: gate_up_proj, 2 x (3-D expert weight)" in text
+    assert "trained as a whole: model.layers.0.input_layernorm" in text
+    assert f"trainable {report.num_trainable:,} of {report.num_total:,} parameters" in text
+
+
+def test_a_factor_is_the_same_whatever_else_is_targeted() -> None:
+    """And so on any number of ranks and in any order of injection."""
+    one, other = make_mlp(), make_mlp()
+    inject_lora(one, LoraConfig(r=4), seed=5)
+    torch.rand(3)
+    inject_lora(other, LoraConfig(r=4, target_modules=["3"]), seed=5)
+    assert torch.equal(one[3].lora_A["default"], other[3].lora_A["default"])  # type: ignore[index, union-attr]
+    assert torch.equal(one[3].lora_A["default"], initial_A(4, 32, "3", 5))  # type: ignore[index, union-attr]
+
+
+# Refusals change nothing.
+
+
+@pytest.mark.parametrize(
+    ("config", "name", "message"),
+    [
+        ({"target_modules": ["nowhere"]}, "default", "matches no module"),
+        ({"target_modules": ["1"]}, "default", "cannot carry a LoRA layer"),
+        ({"r": 9, "target_modules": ["3"]}, "default", "rank exceeds the smaller dimension of 3"),
+        ({"r": 64}, "default", "rank exceeds"),
+        ({"train_embeddings": True}, "default", "does not say which module that is"),
+        ({"train_head": True}, "default", "does not say which module that is"),
+        ({}, "", "cannot have this name"),
+        ({}, "a.b", "cannot have this name"),
+        ({}, "keys", "cannot have this name"),
+        ({}, "first", "has an adapter 'first' already"),
+    ],
+)
+def test_a_refusal_leaves_the_model_as_it_was(config: dict[str, Any], name: str, message: str) -> None:
+    model = make_mlp()
+    inject_lora(model, LoraConfig(r=2, target_modules=["0"]), "first")
+    before, modules = state_of(model), [type(m) for m in model.modules()]
+    with pytest.raises((ConfigError, AdapterError), match=message):
+        inject_lora(model, LoraConfig(**({"r": 4} | config)), name)
+    assert_untouched(model, before)
+    assert [type(m) for m in model.modules()] == modules
+    assert list(model.qlora_adapters) == ["first"]
+    assert [layer.active_adapter for _, layer in lora_layers(model)] == ["first"]
+
+
+def test_norms_where_there_are_none() -> None:
+    with pytest.raises(ConfigError, match=r"lora\.train_norms: the model has no normalisation"):
+        inject_lora(nn.Sequential(nn.Linear(8, 8)), LoraConfig(r=2, train_norms=True))
+
+
+def test_all_linear_leaves_out_what_is_narrower_than_r() -> None:
+    model = nn.Sequential(nn.Linear(16, 32), nn.Linear(32, 1))
+    report = inject_lora(model, LoraConfig(r=4))
+    assert list(report.targeted) == ["0"]
+    assert report.skipped == {"1": "a side of 1, below r = 4"}
+
+
+def test_beside_a_merged_adapter_nothing_is_added() -> None:
+    model = make_mlp()
+    inject_lora(model, LoraConfig(r=4), "a")
+    merge_adapter(model)
+    with pytest.raises(AdapterError, match="'a' is merged already"):
+        inject_lora(model, LoraConfig(r=4), "b")
+
+
+# Several adapters.
+
+
+def test_a_second_adapter_shares_layers_and_becomes_the_active_one() -> None:
+    model = make_mlp()
+    inject_lora(model, LoraConfig(r=4), "a")
+    inject_lora(model, LoraConfig(r=2, target_modules=["3"]), "b", seed=1)
+    assert list(model.qlora_adapters) == ["a", "b"]
+    assert isinstance(model[0], LoraLinear)
+    assert isinstance(model[0].base_layer, nn.Linear)
+    assert {name for name, p in model.named_parameters() if p.requires_grad} == {"3.lora_A.b", "3.lora_B.b"}
+    assert (model[0].active_adapter, model[3].active_adapter) == (None, "b")  # type: ignore[union-attr]
+
+
+@pytest.mark.parametrize("first_trains", [True, False])
+def test_a_module_trained_as_a_whole_belongs_to_one_adapter(first_trains: bool) -> None:
+    model = make_mlp()
+    inject_lora(model, LoraConfig(r=4, train_norms=first_trains), "a")
+    with pytest.raises(AdapterError, match="no other adapter can be beside them"):
+        inject_lora(model, LoraConfig(r=4, train_norms=not first_trains), "b")
+
+
+def test_a_copied_model_keeps_its_adapters_apart() -> None:
+    model = make_mlp()
+    inject_lora(model, LoraConfig(r=4), "a")
+    twin = copy.deepcopy(model)
+    inject_lora(twin, LoraConfig(r=4), "b")
+    assert list(model.qlora_adapters) == ["a"]
+    assert list(twin.qlora_adapters) == ["a", "b"]
+    twin.load_state_dict(model.state_dict(), strict=False)
+    x = torch.randn(2, 16)
+    for own in (model, twin):
+        for _, layer in lora_layers(own):
+            layer.set_active("a")
+    assert torch.equal(model(x), twin(x))
+
+
+# Models that transformers loaded in 4 bits.
+
+
+def transformers_4bit(folder: Path, dtype: torch.dtype = torch.bfloat16) -> Any:
+    config = BitsAndBytesConfig(
+        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=dtype
+    )
+    return AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, quantization_config=config)
+
+
+def test_bitsandbytes_layers_are_taken_over(make_base: Callable[..., Path]) -> None:
+    folder = make_base("llama", dtype="float32")
+    theirs = transformers_4bit(folder, torch.float32)
+    weights = {n: m.weight.data_ptr() for n, m in theirs.named_modules() if isinstance(m, bitsandbytes.nn.Linear4bit)}
+    with torch.no_grad():
+        want = theirs.train()(IDS).logits
+    report = inject_lora(theirs, LoraConfig(r=4))
+    assert set(report.targeted) == set(weights)
+    for name, layer in lora_layers(theirs):
+        assert isinstance(layer.base_layer, Linear4bit)
+        assert layer.base_layer.weight.data_ptr() == weights[name]
+    ours = load_model(resolve_base(str(folder)), dtype="float32", quantization=QuantizationConfig())
+    inject_lora(ours, LoraConfig(r=4))
+    with torch.no_grad():
+        torch.testing.assert_close(theirs(IDS).logits, want, rtol=1e-5, atol=1e-5)
+        assert torch.equal(theirs(IDS).logits, ours(IDS).logits)
+        theirs.eval()(IDS)  # what would have repacked the weights
+    theirs.train()(IDS, labels=IDS).loss.backward()
+    assert all(layer.lora_B["default"].grad.abs().sum() > 0 for _, layer in lora_layers(theirs))
+
+
+def test_a_model_that_was_evaluated_before_is_refused_and_left_as_it_was(make_base: Callable[..., Path]) -> None:
+    # Wide enough for the kernel that repacks.
+    theirs = transformers_4bit(make_base("llama", hidden_size=128, intermediate_size=256, num_key_value_heads=4))
+    last = theirs.model.layers[1].mlp.down_proj
+    with torch.no_grad():
+        last.eval()(torch.randn(4, 256, dtype=torch.bfloat16))
+    if not getattr(last.weight.quant_state, "packing_format_for_cpu", False):
+        pytest.skip("bitsandbytes repacks on CPUs with AVX512-BF16 alone")
+    with pytest.raises(BaseModelError, match=r"layers\.1\.mlp\.down_proj: bitsandbytes has repacked"):
+        inject_lora(theirs, LoraConfig(r=4))
+    assert not list(lora_layers(theirs))
+
+
+# Modules trained as wholes.
+
+
+def trained_names(model: nn.Module) -> set[str]:
+    return {name for name, p in model.named_parameters(remove_duplicate=False) if p.requires_grad and "lora_" not in name}
+
+
+def test_norms_train_in_fp32_and_give_out_what_they_gave_out(architecture: str, make_model: Callable[..., Any]) -> None:
+    model = make_model(architecture, "bfloat16")
+    norms = {name for name, module in model.named_modules() if is_norm(module)}
+    with torch.no_grad():
+        want = model(IDS).logits
+    target = {"gpt2": ["lm_head"], "opt": ["q_proj"]}.get(architecture, "all-linear")
+    report = inject_lora(model, LoraConfig(r=4, target_modules=target, train_norms=True))
+    assert set(report.trained) == norms
+    assert {name.rpartition(".")[0] for name in trained_names(model)} == norms
+    assert {p.dtype for p in model.parameters() if p.requires_grad} == {torch.float32}
+    with torch.no_grad():
+        found = model(IDS).logits
+    assert found.dtype == want.dtype == torch.bfloat16
+    # A norm multiplies in bf16 or in fp32 and rounds then: at most one more rounding, of 2**-8, in each.
+    torch.testing.assert_close(found, want, rtol=0.02, atol=0.02 * want.abs().max().item())
+    model(IDS, labels=IDS).loss.backward()
+    assert all(p.grad is not None and p.grad.any() for p in model.parameters() if p.requires_grad and p.ndim == 1)
+
+
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+def test_embeddings_and_head_train(make_model: Callable[..., Any], tied: bool, dtype: str) -> None:
+    model = make_model("llama", dtype, tie_word_embeddings=tied)
+    with torch.no_grad():
+        want = model(IDS).logits
+    report = inject_lora(model, LoraConfig(r=4, train_embeddings=True, train_head=True))
+    assert report.trained == ("model.embed_tokens", "lm_head")
+    assert trained_names(model) == {"model.embed_tokens.weight", "lm_head.weight"}
+    assert (model.lm_head.weight is model.model.embed_tokens.weight) == tied
+    assert model.lm_head.weight.dtype == torch.float32
+    with torch.no_grad():
+        found = model(IDS).logits
+    assert found.dtype == want.dtype
+    torch.testing.assert_close(found, want, rtol=0.01, atol=0.02)
+    model(IDS, labels=IDS).loss.backward()
+    for module in (model.lm_head, model.model.embed_tokens):
+        assert module.weight.grad.any()
+        assert module.weight.grad.dtype == torch.float32
+    num_trained = model.lm_head.weight.numel() * (1 if tied else 2)
+    num_lora = sum(p.numel() for name, p in model.named_parameters() if "lora_" in name)
+    assert report.num_trainable == num_trained + num_lora
+
+
+@pytest.mark.parametrize("key", ["train_embeddings", "train_head"])
+def test_one_side_of_a_tied_pair_cannot_train_alone(make_model: Callable[..., Any], key: str) -> None:
+    model = make_model("llama", tie_word_embeddings=True)
+    before = state_of(model)
+    with pytest.raises(ConfigError, match="ties its embeddings to its head"):
+        inject_lora(model, LoraConfig(r=4, **{key: True}))
+    assert_untouched(model, before)
+    # Untied, it can.
+    report = inject_lora(make_model("llama"), LoraConfig(r=4, **{key: True}))
+    assert len(report.trained) == 1
+
+
+def test_a_module_is_not_both_adapted_and_trained(make_model: Callable[..., Any]) -> None:
+    with pytest.raises(ConfigError, match="both targeted and trained as a whole") as error:
+        inject_lora(make_model("llama"), LoraConfig(r=4, target_modules=["q_proj", "lm_head"], train_head=True))
+    assert error.value.found == "lm_head"
+
+
+def test_an_adapter_on_the_head(make_model: Callable[..., Any]) -> None:
+    model = make_model("llama")
+    report = inject_lora(model, LoraConfig(r=4, target_modules=["lm_head"]))
+    assert list(report.targeted) == ["lm_head"]
+    assert isinstance(model.get_output_embeddings(), LoraLinear)
+    # The head is still known as one, so that all-linear leaves it out for another adapter.
+    assert "lm_head" not in inject_lora(model, LoraConfig(r=4), "other").targeted

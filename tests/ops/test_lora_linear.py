@@ -1,0 +1,275 @@
+"""The LoRA linear against plain autograd on W x + b + s B A x, and what it keeps alive between forward and backward."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+from qlora.ops.lora_linear import dropout_mask, lora_linear
+
+T, I, O, R = 12, 20, 16, 4  # noqa: E741  the shape letters of the module under test
+SCALING = 1.75
+
+
+class Case:
+    """Random W, b, A, B and x; W is handed out by a function that counts its calls."""
+
+    def __init__(
+        self, dtype: torch.dtype = torch.float32, *, bias: bool = True, lora_dtype: torch.dtype | None = None
+    ) -> None:
+        generator = torch.Generator().manual_seed(0)
+
+        def random(*shape: int) -> Tensor:
+            return torch.randn(*shape, generator=generator, dtype=torch.float64)
+
+        self.weight = random(O, I).to(dtype)
+        self.bias = random(O).to(dtype) if bias else None
+        self.lora_A = random(R, I).to(lora_dtype or dtype).requires_grad_()
+        self.lora_B = random(O, R).to(lora_dtype or dtype).requires_grad_()
+        self.x = random(2, T // 2, I).to(dtype).requires_grad_()
+        self.dy = random(2, T // 2, O).to(dtype)
+        self.num_reads = 0
+
+    def read_weight(self) -> Tensor:
+        self.num_reads += 1
+        return self.weight
+
+    def __call__(self, x: Tensor | None = None, dropout: float = 0.0) -> Tensor:
+        x = self.x if x is None else x
+        return lora_linear(x, self.read_weight, self.bias, self.lora_A, self.lora_B, SCALING, dropout)
+
+    def plain(self, mask: Tensor | float = 1.0) -> Tensor:
+        update = ((self.x * mask) @ self.lora_A.T) @ self.lora_B.T
+        return torch.nn.functional.linear(self.x, self.weight, self.bias) + SCALING * update
+
+    def gradients(self, y: Tensor) -> tuple[Tensor, ...]:
+        return torch.autograd.grad(y, (self.x, self.lora_A, self.lora_B), self.dy.to(y.dtype))
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("dropout", [0.0, 0.4])
+def test_gradients_are_the_derivatives(dropout: float, bias: bool) -> None:
+    def random(*shape: int) -> Tensor:
+        return torch.randn(*shape, dtype=torch.float64, generator=torch.Generator().manual_seed(len(shape)))
+
+    weight, bias_O = random(3, 4), random(3) if bias else None
+    inputs = [random(1, 2, 4).requires_grad_(), random(2, 4).requires_grad_(), random(3, 2).requires_grad_()]
+
+    def function(x: Tensor, lora_A: Tensor, lora_B: Tensor) -> Tensor:
+        torch.manual_seed(7)  # the same mask at each evaluation
+        return lora_linear(x, lambda: weight, bias_O, lora_A, lora_B, SCALING, dropout)
+
+    assert torch.autograd.gradcheck(function, inputs)
+
+
+@pytest.mark.parametrize("without", ["x", "A", "B", "AB"])
+def test_gradients_that_nobody_asked_for_are_not_made(without: str) -> None:
+    case, other = Case(torch.float64), Case(torch.float64)
+    inputs = {"x": "x", "A": "lora_A", "B": "lora_B"}
+    for letter in without:
+        getattr(case, inputs[letter]).requires_grad_(False)
+    case().backward(case.dy)
+    other.plain().backward(other.dy)
+    for letter, name in inputs.items():
+        found = getattr(case, name).grad
+        if letter in without:
+            assert found is None
+        else:
+            torch.testing.assert_close(found, getattr(other, name).grad)
+
+
+@pytest.mark.parametrize("bias", [True, False])
+def test_fp32_equals_plain_autograd(bias: bool) -> None:
+    case = Case(bias=bias)
+    found, want = case(), case.plain()
+    torch.testing.assert_close(found, want)
+    for ours, plain in zip(case.gradients(found), case.gradients(want), strict=True):
+        torch.testing.assert_close(ours, plain)
+
+
+def test_the_update_alone_may_be_absent() -> None:
+    case = Case()
+    y = lora_linear(case.x, case.read_weight, case.bias, None, None, 1.0)
+    want = torch.nn.functional.linear(case.x, case.weight, case.bias)
+    assert torch.equal(y, want)
+    assert torch.equal(*(torch.autograd.grad(out, case.x, case.dy)[0] for out in (y, want)))
+
+
+def test_bf16_with_fp32_factors_errs_by_bf16_rounding_alone() -> None:
+    """Against the same numbers in float64. bf16 has 8 bits: each of the few roundings moves a sum by at most 2**-8 of the
+    size of its terms, so 2% of the largest entry is a bound that wrong mathematics would not keep."""
+    case, exact = Case(torch.bfloat16, lora_dtype=torch.float32), Case(torch.float64)
+    for name in ("weight", "bias", "dy"):
+        setattr(exact, name, getattr(case, name).double())
+    for name in ("lora_A", "lora_B", "x"):
+        setattr(exact, name, getattr(case, name).detach().double().requires_grad_())
+    y, want = case(), exact.plain()
+    assert y.dtype == torch.bfloat16
+    assert (y - want).abs().max() < 0.02 * want.abs().max()
+    gradients = case.gradients(y)
+    assert [g.dtype for g in gradients] == [torch.bfloat16, torch.float32, torch.float32]
+    for ours, right in zip(gradients, exact.gradients(want), strict=True):
+        assert (ours - right).abs().max() < 0.02 * right.abs().max()
+
+
+@pytest.mark.parametrize("x_dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_the_output_has_the_type_of_the_input(x_dtype: torch.dtype) -> None:
+    case = Case()
+    y = case(case.x.detach().to(x_dtype))
+    assert y.dtype == x_dtype
+    torch.testing.assert_close(y.float(), case.plain(), rtol=0.02, atol=0.2)
+
+
+def test_autocast_gives_its_type_and_gradients_of_the_parameters_types() -> None:
+    case = Case()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        y = case()
+        want = torch.nn.functional.linear(case.x, case.weight, case.bias)
+    assert y.dtype == want.dtype == torch.bfloat16
+    # The weight is given in fp32 and is multiplied in fp32: the input alone is rounded.
+    rounded = case.x.detach().bfloat16().float()
+    plain = torch.nn.functional.linear(rounded, case.weight, case.bias) + SCALING * (rounded @ case.lora_A.T @ case.lora_B.T)
+    torch.testing.assert_close(y, plain.bfloat16(), rtol=2**-7, atol=2**-7)
+    assert [g.dtype for g in case.gradients(y)] == [torch.float32] * 3
+
+
+# What is kept, and how often the weight is read.
+
+
+def run_and_count_saved(function: Callable[[], Tensor]) -> tuple[Tensor, int]:
+    saved: list[Tensor] = []
+
+    def pack(tensor: Tensor) -> Tensor:
+        saved.append(tensor)
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        y = function()
+    return y, sum(tensor.numel() for tensor in saved)
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.3])
+@pytest.mark.parametrize("with_update", [True, False])
+def test_nothing_is_saved_but_the_input(with_update: bool, dropout: float) -> None:
+    case = Case()
+    if with_update:
+        y, num_saved = run_and_count_saved(lambda: case(dropout=dropout))
+    else:
+        y, num_saved = run_and_count_saved(lambda: lora_linear(case.x, case.read_weight, case.bias, None, None, 1.0))
+    assert num_saved == case.x.numel()
+    _, num_saved_plainly = run_and_count_saved(lambda: case.plain())
+    assert num_saved_plainly > case.x.numel() + case.weight.numel()
+    y.sum().backward()
+
+
+def test_no_weight_that_was_read_stays_alive() -> None:
+    import weakref
+
+    case = Case()
+    handed_out = []
+
+    def read_weight() -> Tensor:
+        weight = case.weight.clone()
+        handed_out.append(weakref.ref(weight))
+        return weight
+
+    y = lora_linear(case.x, read_weight, case.bias, case.lora_A, case.lora_B, SCALING)
+    assert [ref() for ref in handed_out] == [None]
+    y.sum().backward()
+    assert [ref() for ref in handed_out] == [None, None]
+
+
+@pytest.mark.parametrize(("x_needs_gradient", "reads_in_backward"), [(True, 1), (False, 0)])
+def test_the_weight_is_read_once_forward_and_at_most_once_backward(x_needs_gradient: bool, reads_in_backward: int) -> None:
+    case = Case()
+    case.x.requires_grad_(x_needs_gradient)
+    y = case()
+    assert case.num_reads == 1
+    y.backward(case.dy)
+    assert case.num_reads == 1 + reads_in_backward
+
+
+def test_backward_uses_the_weight_as_it_is_then() -> None:
+    """ZeRO-3 frees the weight after forward and puts it, gathered anew, into other storage before backward."""
+    case = Case()
+    y = case()
+    want = torch.autograd.grad(case.plain(), case.x, case.dy)[0]
+    case.weight = case.weight.clone()
+    torch.testing.assert_close(torch.autograd.grad(y, case.x, case.dy)[0], want)
+
+
+# Dropout.
+
+
+def test_dropout_is_the_mask_on_the_input_of_A_alone() -> None:
+    case = Case(torch.float64)
+    torch.manual_seed(3)
+    y = case(dropout=0.5)
+    torch.manual_seed(3)
+    mask = dropout_mask(case.x.detach().reshape(-1, I), 0.5, int(torch.randint(0, 2**62, ()))).reshape(case.x.shape)
+    want = case.plain(mask)
+    assert set(mask.unique().tolist()) == {0.0, 2.0}
+    torch.testing.assert_close(y, want)
+    for ours, plain in zip(case.gradients(y), case.gradients(want), strict=True):
+        torch.testing.assert_close(ours, plain)
+
+
+@pytest.mark.parametrize("dropout", [0.05, 0.5, 0.9])
+def test_dropout_keeps_the_expectation(dropout: float) -> None:
+    like = torch.ones(400, 500)
+    mask = dropout_mask(like, dropout, seed=11)
+    kept = (mask != 0).double().mean().item()
+    # 200,000 draws: five standard deviations of a share.
+    assert abs(kept - (1 - dropout)) < 5 * (dropout * (1 - dropout) / like.numel()) ** 0.5
+    torch.testing.assert_close(mask[mask != 0], torch.full((int((mask != 0).sum()),), 1 / (1 - dropout)))
+    assert torch.equal(mask, dropout_mask(like, dropout, seed=11))
+    assert not torch.equal(mask, dropout_mask(like, dropout, seed=12))
+
+
+def test_each_call_draws_another_mask_and_the_seed_decides_which() -> None:
+    case = Case()
+    torch.manual_seed(0)
+    first, second = case(dropout=0.5), case(dropout=0.5)
+    assert not torch.equal(first, second)
+    torch.manual_seed(0)
+    assert torch.equal(case(dropout=0.5), first)
+
+
+def test_without_dropout_no_random_number_is_drawn() -> None:
+    case = Case()
+    before = torch.get_rng_state()
+    case()
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+@pytest.mark.parametrize("use_reentrant", [True, False])
+def test_recomputation_draws_the_same_mask(use_reentrant: bool) -> None:
+    case = Case(torch.float64)
+    torch.manual_seed(5)
+    y = case(dropout=0.5)
+    y.backward(case.dy)
+    want = [t.grad.clone() for t in (case.x, case.lora_A, case.lora_B)]
+    for tensor in (case.x, case.lora_A, case.lora_B):
+        tensor.grad = None
+    torch.manual_seed(5)
+    again = checkpoint(lambda x: case(x, dropout=0.5), case.x, use_reentrant=use_reentrant)
+    torch.rand(3)  # what the rest of a model draws in between
+    again.backward(case.dy)
+    assert torch.equal(again, y)
+    assert all(torch.equal(t.grad, w) for t, w in zip((case.x, case.lora_A, case.lora_B), want, strict=True))
+
+
+def test_recomputation_survives_a_parameter_that_is_cut_up_in_between() -> None:
+    """ZeRO-3 leaves a parameter with shape (0,) between forward and backward; non-reentrant recomputation compares the
+    shapes of what was saved, so the parameters may not be among it."""
+    case = Case()
+    y = checkpoint(case, case.x, use_reentrant=False)
+    whole = case.lora_A.data
+    case.lora_A.data = torch.empty(0)
+    case.lora_A.data = whole
+    y.backward(case.dy)
+    assert case.lora_A.grad.shape == (R, I)

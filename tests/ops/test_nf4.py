@@ -1,0 +1,293 @@
+"""Quantizing against bitsandbytes' own functions: equal bytes, equal statistics, equal weights."""
+
+from __future__ import annotations
+
+import copy
+import json
+import math
+from typing import Any
+
+import bitsandbytes
+import pytest
+import torch
+from bitsandbytes.functional import QuantState, dequantize_4bit, quantize_4bit
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from qlora.errors import BaseModelError
+from qlora.ops import nf4
+from qlora.ops.nf4 import QuantSpec
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+BLOCK_SIZES = (32, 64, 128, 256, 512, 1024, 2048, 4096)
+
+
+def make_weight(*shape: int, dtype: torch.dtype = torch.float32, seed: int = 0) -> torch.Tensor:
+    # Outliers in one place, so that scales differ widely from block to block.
+    weight = torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+    weight.view(-1)[::97] *= 20
+    return weight.to(dtype)
+
+
+def reference(weight: torch.Tensor, spec: QuantSpec) -> tuple[torch.Tensor, QuantState]:
+    return quantize_4bit(
+        weight,
+        blocksize=spec.block_size,
+        compress_statistics=spec.double_quant,
+        quant_type=spec.quant_type,
+        quant_storage=spec.storage,
+    )
+
+
+def dequantize_by_hand(
+    packed: torch.Tensor, statistics: torch.Tensor, spec: QuantSpec, shape: tuple[int, ...]
+) -> torch.Tensor:
+    """The definition: the table's value of each half byte, high half first, times the scale of its block (fp32)."""
+    num_elements = math.prod(shape)
+    table = bitsandbytes.functional.get_4bit_type(spec.quant_type, device="cpu")
+    as_bytes = packed.view(torch.uint8).reshape(-1).long()
+    halves = torch.stack([as_bytes >> 4, as_bytes & 15], dim=1).reshape(-1)[:num_elements]
+    scales = nf4.unpack_absmax(statistics, spec, num_elements).repeat_interleave(spec.block_size)[:num_elements]
+    return (table[halves] * scales).reshape(shape)
+
+
+def in_dtype(state: QuantState, dtype: torch.dtype) -> QuantState:
+    state = copy.deepcopy(state)
+    state.dtype = dtype
+    return state
+
+
+def assert_equal_to_bitsandbytes(weight: torch.Tensor, spec: QuantSpec) -> None:
+    packed, statistics = nf4.quantize(weight, spec)
+    want_packed, state = reference(weight, spec)
+    assert packed.dtype == spec.storage
+    assert tuple(packed.shape) == tuple(want_packed.shape) == spec.packed_shape(weight.numel())
+    # As bytes: packed bytes that are stored as floats may well be NaN, which equals nothing.
+    assert torch.equal(packed.view(torch.uint8), want_packed.view(torch.uint8))
+    assert statistics.dtype == torch.uint8
+    assert statistics.shape == (spec.statistics_bytes(weight.numel()),)
+    if spec.double_quant:
+        mean, nested, absmax = nf4.split_statistics(statistics, spec, weight.numel())
+        assert torch.equal(mean[0], state.offset)
+        assert torch.equal(nested, state.state2.absmax)
+        assert torch.equal(absmax, state.absmax)
+    else:
+        assert torch.equal(statistics.view(torch.float32), state.absmax)
+    want = dequantize_by_hand(packed, statistics, spec, tuple(weight.shape))
+    for dtype in DTYPES:
+        found = nf4.dequantize(packed, statistics, spec, tuple(weight.shape), dtype)
+        assert found.dtype == dtype
+        assert found.shape == weight.shape
+        assert torch.equal(found, want.to(dtype))
+    # bitsandbytes' CPU kernel is right where a block begins with every row; for wider ones it compiles a kernel first.
+    if weight.shape[-1] % spec.block_size == 0 and spec.block_size <= 1024:
+        assert torch.equal(found, dequantize_4bit(want_packed, in_dtype(state, dtype)))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("double_quant", [True, False])
+@pytest.mark.parametrize("block_size", BLOCK_SIZES)
+@pytest.mark.parametrize("quant_type", ["nf4", "fp4"])
+def test_bytes_and_weights_are_those_of_bitsandbytes(
+    quant_type: str, block_size: int, double_quant: bool, dtype: torch.dtype
+) -> None:
+    # 260 blocks of 64: more than one block of scales. Blocks above 128 run on from one row to the next.
+    assert_equal_to_bitsandbytes(make_weight(130, 128, dtype=dtype), QuantSpec(quant_type, block_size, double_quant))
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    rows=st.integers(1, 40),
+    columns=st.integers(1, 90),
+    quant_type=st.sampled_from(["nf4", "fp4"]),
+    block_size=st.sampled_from(BLOCK_SIZES),
+    double_quant=st.booleans(),
+    dtype=st.sampled_from(DTYPES),
+    seed=st.integers(0, 1000),
+)
+def test_any_shape_also_odd_ones(
+    rows: int, columns: int, quant_type: str, block_size: int, double_quant: bool, dtype: torch.dtype, seed: int
+) -> None:
+    weight = make_weight(rows, columns, dtype=dtype, seed=seed)
+    assert_equal_to_bitsandbytes(weight, QuantSpec(quant_type, block_size, double_quant))
+
+
+@pytest.mark.parametrize("num_elements", [8191, 8192, 8193, 3 * 8192, 3 * 8192 + 1, 20_001])
+@pytest.mark.parametrize("block_size", [64, 4096])
+def test_the_size_of_the_pieces_leaves_no_trace(monkeypatch: pytest.MonkeyPatch, num_elements: int, block_size: int) -> None:
+    assert all(nf4.CHUNK_ELEMENTS % size == 0 for size in BLOCK_SIZES)
+    spec = QuantSpec(block_size=block_size)
+    weight = make_weight(1, num_elements, dtype=torch.bfloat16)
+    monkeypatch.setattr(nf4, "CHUNK_ELEMENTS", 8192)
+    assert_equal_to_bitsandbytes(weight, spec)
+
+
+@pytest.mark.parametrize("storage", [torch.uint8, torch.bfloat16, torch.float16, torch.float32])
+def test_storage_changes_the_type_and_no_byte(storage: torch.dtype) -> None:
+    weight = make_weight(24, 64, dtype=torch.bfloat16)
+    assert_equal_to_bitsandbytes(weight, QuantSpec(storage=storage))
+    as_bytes, statistics = nf4.quantize(weight, QuantSpec())
+    packed, own = nf4.quantize(weight, QuantSpec(storage=storage))
+    assert torch.equal(packed.view(torch.uint8).reshape(-1), as_bytes.reshape(-1))
+    assert torch.equal(own, statistics)
+
+
+def test_a_storage_the_bytes_do_not_fill_is_refused() -> None:
+    # 3 x 7 weights are 11 bytes, no multiple of two.
+    with pytest.raises(BaseModelError, match="cannot be stored"):
+        nf4.quantize(torch.randn(3, 7), QuantSpec(storage=torch.bfloat16))
+
+
+@pytest.mark.parametrize(("quant_type", "widest_gap"), [("nf4", 1 - 0.6961928), ("fp4", 2 / 3 - 0.3333333)])
+def test_no_weight_moves_by_more_than_half_a_gap_of_the_table(quant_type: str, widest_gap: float) -> None:
+    weight = make_weight(70, 96)
+    spec = QuantSpec(quant_type, 64, double_quant=False)
+    packed, statistics = nf4.quantize(weight, spec)
+    moved = (nf4.dequantize(packed, statistics, spec, (70, 96), torch.float32) - weight).abs()
+    scales = weight.reshape(-1, 64).abs().amax(1)
+    assert torch.equal(statistics.view(torch.float32), scales)
+    assert (moved.reshape(-1, 64) <= scales[:, None] * widest_gap / 2 * (1 + 1e-6)).all()
+
+
+def test_a_weight_that_is_not_contiguous_is_quantized_in_its_own_order() -> None:
+    weight = make_weight(64, 96)
+    assert_equal_to_bitsandbytes(weight.T, QuantSpec())
+
+
+@pytest.mark.parametrize("double_quant", [True, False])
+def test_statistics_may_lie_anywhere_in_a_larger_buffer(double_quant: bool) -> None:
+    """What ZeRO-3 gathers is a view into a flat buffer, at a place that is no multiple of a float's size."""
+    spec = QuantSpec(double_quant=double_quant)
+    weight = make_weight(40, 64)
+    packed, statistics = nf4.quantize(weight, spec)
+    wanted = nf4.dequantize(packed, statistics, spec, (40, 64), torch.float32)
+    for offset in range(5):
+        buffer = torch.zeros(statistics.numel() + 5, dtype=torch.uint8)
+        view = buffer[offset : offset + statistics.numel()]
+        view.copy_(statistics)
+        assert torch.equal(nf4.dequantize(packed, view, spec, (40, 64), torch.float32), wanted)
+
+
+# What bitsandbytes writes beside a weight.
+
+
+def entries_of(state: QuantState) -> dict[str, torch.Tensor]:
+    return {f".{name}": value for name, value in state.as_dict(packed=True).items()}
+
+
+@pytest.mark.parametrize("storage", [torch.uint8, torch.bfloat16])
+@pytest.mark.parametrize("block_size", [64, 256])
+@pytest.mark.parametrize("double_quant", [True, False])
+@pytest.mark.parametrize("quant_type", ["nf4", "fp4"])
+def test_entries_go_to_bitsandbytes_and_come_back(
+    quant_type: str, double_quant: bool, block_size: int, storage: torch.dtype
+) -> None:
+    spec = QuantSpec(quant_type, block_size, double_quant, storage)
+    weight = make_weight(70, 64, dtype=torch.bfloat16)
+    packed, statistics = nf4.quantize(weight, spec)
+    ours = nf4.to_bitsandbytes(statistics, spec, (70, 64), torch.bfloat16)
+
+    want_packed, want_state = reference(weight, spec)
+    theirs = entries_of(want_state)
+    assert ours.keys() == theirs.keys()
+    for name in theirs:
+        if "quant_state" in name:
+            ours_read, theirs_read = (json.loads(bytes(t[name].tolist())) for t in (ours, theirs))
+            assert ours_read == theirs_read
+        else:
+            assert ours[name].dtype == theirs[name].dtype
+            assert torch.equal(ours[name], theirs[name])
+
+    # bitsandbytes reads what we write.
+    read = QuantState.from_dict({name[1:]: value for name, value in ours.items()}, device=torch.device("cpu"))
+    assert torch.equal(dequantize_4bit(packed, read), dequantize_4bit(want_packed, want_state))
+    # We read what bitsandbytes writes.
+    again, again_statistics, again_spec, shape = nf4.from_bitsandbytes(want_packed, theirs, "somewhere")
+    assert torch.equal(again.view(torch.uint8), packed.view(torch.uint8))
+    assert torch.equal(again_statistics, statistics)
+    assert again_spec == spec
+    assert shape == (70, 64)
+
+
+def remove(name: str) -> Any:
+    return lambda entries, state: entries.pop(name)
+
+
+def put(name: str, value: torch.Tensor) -> Any:
+    return lambda entries, state: entries.__setitem__(name, value)
+
+
+def say(**values: Any) -> Any:
+    return lambda entries, state: state.update(values)
+
+
+def unsay(name: str) -> Any:
+    return lambda entries, state: state.pop(name)
+
+
+DAMAGES = {
+    "no state": remove(".quant_state.bitsandbytes__nf4"),
+    "no scales": remove(".absmax"),
+    "state is not JSON": put(".quant_state.bitsandbytes__nf4", torch.tensor([1, 2, 3], dtype=torch.uint8)),
+    "state is not a table": put(".quant_state.bitsandbytes__nf4", torch.tensor(list(b"[1]"), dtype=torch.uint8)),
+    "state is not bytes": put(".quant_state.bitsandbytes__nf4", torch.tensor([1.5, -3.0])),
+    "no quant_type": unsay("quant_type"),
+    "no shape": unsay("shape"),
+    "no nested_offset": unsay("nested_offset"),
+    "unknown quant_type": say(quant_type="nf3"),
+    "block size zero": say(blocksize=0),
+    "another block size": say(blocksize=128),
+    "another nested block size": say(nested_blocksize=128),
+    "another shape": say(shape=[64, 64]),
+    "negative shape": say(shape=[-70, -64]),
+    "no dimensions": say(shape=[]),
+    "shape of words": say(shape=["a", "b"]),
+    "shape is a number": say(shape=3),
+    "another table": put(".quant_map", torch.linspace(-1, 1, 16)),
+    "a short table": put(".quant_map", torch.linspace(-1, 1, 8)),
+    "another nested table": put(".nested_quant_map", torch.linspace(-1, 1, 256)),
+    "too few scales": put(".absmax", torch.zeros(5, dtype=torch.uint8)),
+    "scales of another type": put(".absmax", torch.zeros(70, dtype=torch.float32)),
+    "too few nested scales": put(".nested_absmax", torch.zeros(0)),
+    "nested scales of another type": put(".nested_absmax", torch.zeros(1, dtype=torch.float64)),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_damaged_entries_are_refused_with_their_place(damage: str) -> None:
+    packed, quant_state = reference(make_weight(70, 64), QuantSpec())
+    entries = entries_of(quant_state)
+    key = ".quant_state.bitsandbytes__nf4"
+    state = json.loads(bytes(entries[key].tolist()))
+    before = dict(state)
+    DAMAGES[damage](entries, state)
+    if state != before:
+        entries[key] = torch.tensor(list(json.dumps(state).encode()), dtype=torch.uint8)
+    with pytest.raises(BaseModelError, match=r"file\.safetensors: some\.weight"):
+        nf4.from_bitsandbytes(packed, entries, "file.safetensors: some.weight")
+
+
+@pytest.mark.parametrize("change", [lambda p: p[:-1], lambda p: torch.cat([p, p[:1]])])
+def test_packed_bytes_that_do_not_fit_are_refused(change: Any) -> None:
+    """A kernel would read beyond the end of the weight."""
+    packed, state = reference(make_weight(70, 64), QuantSpec())
+    with pytest.raises(BaseModelError, match="does not fit its shape"):
+        nf4.from_bitsandbytes(change(packed), entries_of(state), "somewhere")
+
+
+def test_a_layer_that_is_not_quantized_yet_is_refused() -> None:
+    layer = bitsandbytes.nn.Linear4bit(64, 32, quant_type="nf4")
+    with pytest.raises(BaseModelError, match="not quantized yet"):
+        nf4.from_linear4bit(layer, "a.layer")
+
+
+def test_a_layer_is_read_without_copying_its_packed_bytes() -> None:
+    layer = bitsandbytes.nn.Linear4bit(64, 32, quant_type="nf4", compute_dtype=torch.float32)
+    weight = layer.weight.data.clone()
+    layer = layer.to("cpu")
+    packed, statistics, spec, shape = nf4.from_linear4bit(layer, "a.layer")
+    assert packed.data_ptr() == layer.weight.data_ptr()
+    assert shape == (32, 64)
+    want_packed, want_statistics = nf4.quantize(weight, spec)
+    assert torch.equal(packed, want_packed)
+    assert torch.equal(statistics, want_statistics)
