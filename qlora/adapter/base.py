@@ -9,6 +9,7 @@ import torch
 
 from qlora.config.schema import QuantizationConfig
 from qlora.data.tokenizer import check_vocabulary, load_tokenizer
+from qlora.distributed.collectives import whole_shape
 from qlora.quant.load import load_model
 from qlora.quant.source import resolve_base
 
@@ -44,5 +45,5 @@ def load_base(
     source = resolve_base(base, revision, allow_pickle=allow_pickle)
     tokenizer = load_tokenizer(str(source.folder))
     model = load_model(source, dtype=dtype, quantization=quantization, device=device, attention=attention, progress=progress)
-    check_vocabulary(tokenizer, model.get_input_embeddings().weight.shape[0])
+    check_vocabulary(tokenizer, whole_shape(model.get_input_embeddings().weight)[0])
     return model, tokenizer

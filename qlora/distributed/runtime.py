@@ -30,10 +30,12 @@ class Engine(Protocol):
     Attributes:
         model: what to call with a batch.
         parameters: the trainable parameters by name, as they were named before anything was wrapped.
+        skips_overflow: an infinite gradient lowers the loss scale and skips the update, instead of being an error.
     """
 
     model: nn.Module
     parameters: dict[str, nn.Parameter]
+    skips_overflow: bool
 
     def micro_step(self, *, last: bool) -> AbstractContextManager[None]:
         """Surrounds the forward and backward pass of one micro-step; on the last of a step gradients are averaged."""
@@ -238,6 +240,7 @@ class PlainEngine:
     ) -> None:
         self.runtime, self.model, self.parameters = runtime, model, parameters
         self.optimizer, self.max_grad_norm = optimizer, max_grad_norm
+        self.skips_overflow = scale_loss
         self.scaler = torch.amp.GradScaler(runtime.device.type, enabled=scale_loss)
 
     @contextmanager

@@ -103,6 +103,8 @@ def gathered(parameters: Iterable[nn.Parameter]) -> AbstractContextManager[Any]:
 class ZeroEngine:
     """A DeepSpeed engine of stage 1, 2 or 3. Implements `runtime.Engine`."""
 
+    skips_overflow = False
+
     def __init__(self, model: Any, parameters: dict[str, nn.Parameter]) -> None:
         self.model, self.parameters = model, parameters
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -54,7 +55,7 @@ def train(job: Job) -> Literal["done", "stopped"]:
                 seed=job.config.train.seed,
                 stop_requested=job.stop.requested,
             )
-            refuse_nonfinite(result)
+            refuse_nonfinite(result, allow_overflow=job.engine.skips_overflow)
             is_last = result.step >= job.num_steps
             for hook in job.hooks:
                 hook.after_step(result, is_last=is_last)
@@ -68,9 +69,13 @@ def train(job: Job) -> Literal["done", "stopped"]:
     return outcome
 
 
-def refuse_nonfinite(result: StepResult) -> None:
-    """Stop before a broken update is saved. The loss is the same on every rank, so all stop together."""
-    if not abs(result.loss) < float("inf") or not abs(result.grad_norm) < float("inf"):
+def refuse_nonfinite(result: StepResult, *, allow_overflow: bool = False) -> None:
+    """Stop before a broken update is saved. The loss is the same on every rank, so all stop together.
+
+    Args:
+        allow_overflow: the engine has skipped an update whose gradient overflowed (fp16 with a loss scale).
+    """
+    if not math.isfinite(result.loss) or not (allow_overflow or math.isfinite(result.grad_norm)):
         raise QloraError(
             f"the loss or its gradient is not finite at step {result.step}",
             found=f"loss {result.loss}, gradient norm {result.grad_norm}",

@@ -24,6 +24,9 @@ class RunDir:
 
     def __init__(self, path: Path) -> None:
         self.path = path
+        self._num_steps: int | None = None
+        # Outermost last.
+        self._made = [folder for folder in (path, *path.parents) if not folder.exists()]
         try:
             path.mkdir(parents=True, exist_ok=True)
             self._lock = open(path / "LOCK", "a+", encoding="utf-8")  # noqa: SIM115 (held for the life of the job)
@@ -59,6 +62,17 @@ class RunDir:
     def _not_writable(self, error: OSError) -> ConfigError:
         return ConfigError(f"the folder cannot be written to ({error.strerror})", place=f"train.output_dir: {self.path}")
 
+    def discard(self) -> bool:
+        """Remove what this run made, where that is the folder and its lock alone. Returns whether it was."""
+        if not self._made or [file.name for file in self.path.iterdir()] != ["LOCK"]:
+            return False
+        (self.path / "LOCK").unlink()
+        for folder in self._made:
+            if any(folder.iterdir()):  # somebody else's by now
+                break
+            folder.rmdir()
+        return True
+
     def write_config(self, text: str) -> None:
         """The resolved job. Raises ConfigError where it cannot be written."""
         try:
@@ -77,10 +91,11 @@ class RunDir:
         resumable: bool = False,
     ) -> None:
         """How the run stands: running, done, stopped or failed. A full disk warns, and ends no run."""
+        self._num_steps = num_steps or self._num_steps
         status = {
             "state": state,
             "step": step,
-            "num_steps": num_steps,
+            "num_steps": self._num_steps,
             "exit_code": exit_code,
             "reason": reason,
             "resumable": resumable,

@@ -7,46 +7,39 @@ into the model before DeepSpeed copies it.
 
 from __future__ import annotations
 
-import resource
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import torch
-
-from qlora.adapter.base import load_base
 from qlora.adapter.files import adapter_parameters, render_files
 from qlora.checkpoint import resume, state
 from qlora.checkpoint.save import save_checkpoint, set_aside_after
 from qlora.checkpoint.state import Identity, TrainerState
 from qlora.config.load import dump_config
 from qlora.config.schema import JobConfig
-from qlora.data.batch import collate_packed
-from qlora.data.loader import EvalLoader, StepBatches, TrainLoader, plan_packs
+from qlora.data.loader import EvalLoader, TrainLoader, plan_packs
 from qlora.data.prepare import prepare as tokenize
-from qlora.data.sampler import Position, Split
+from qlora.data.sampler import Position
 from qlora.data.token_store import TokenizedDataset
 from qlora.data.tokenizer import load_tokenizer, padding_token_id
 from qlora.distributed import runtime as processes
 from qlora.distributed.collectives import whole_parameters
 from qlora.distributed.runtime import Engine, Runtime
-from qlora.errors import EXIT_BUG, EXIT_DONE, EXIT_STOPPED, CheckpointError, ConfigError, QloraError
+from qlora.errors import EXIT_BUG, EXIT_DONE, EXIT_STOPPED, CheckpointError, QloraError
 from qlora.files import write_file
-from qlora.lora.inject import LoraReport, inject_lora
-from qlora.lora.layer import LoraLayer
+from qlora.lora.inject import LoraReport
 from qlora.objective.evaluate import evaluate
-from qlora.objective.train_model import LossHead, TrainModel
 from qlora.quant.source import BaseSource, resolve_base
+from qlora.train.build import build_model, check_device, peak_memory_bytes, prepare_engine, split_of
+from qlora.train.dry_run import dry_run as do_dry_run
 from qlora.train.hooks import CheckpointHook, EvaluateHook, Hook, MetricsHook, ProgressHook, StatusHook
 from qlora.train.loop import Job, train
 from qlora.train.model_card import model_card
-from qlora.train.optim import build_optimizer
 from qlora.train.preempt import StopFlag
 from qlora.train.run_dir import MetricsWriter, RunDir
-from qlora.train.step import Counters, StepResult, run_step
+from qlora.train.step import Counters, StepResult
 
 
 @dataclass(frozen=True)
@@ -76,33 +69,25 @@ def run_training(config: JobConfig, *, dry_run: bool = False, force: bool = Fals
         logging_dir=config.train.output_dir,
     )
     try:
-        _check_device(config, runtime)
+        check_device(config, runtime)
         if dry_run:
-            return _dry_run(config, runtime)
+            return do_dry_run(config, runtime)
         run_dir = _own_run_dir(config, runtime)
+        stop = StopFlag()
         try:
             data = Data(rows, eval_rows, padding_token_id(tokenizer))
-            outcome = _train(config, runtime, run_dir, source, data, force=force)
+            outcome = _train(config, runtime, run_dir, source, data, stop, force=force)
         except BaseException as error:
             _record_failure(run_dir, error)
             raise
         finally:
+            # Not before: where a rank fails, the launcher's signal to the others must not cut the record short.
+            stop.release()
             if run_dir is not None:
                 run_dir.close()
         return EXIT_STOPPED if outcome == "stopped" else EXIT_DONE
     finally:
         runtime.end()
-
-
-def _check_device(config: JobConfig, runtime: Runtime) -> None:
-    """Refuse dtypes that the device or the sharding cannot train in."""
-    if config.model.dtype == "float16" and (runtime.device.type != "cuda" or runtime.is_zero):
-        raise ConfigError(
-            "float16 needs a GPU and its loss scale, which is not applied under DeepSpeed",
-            place="model.dtype",
-            found=f"{runtime.device.type}, {runtime.mode}",
-            wanted="bfloat16 or float32",
-        )
 
 
 def _own_run_dir(config: JobConfig, runtime: Runtime) -> RunDir | None:
@@ -113,7 +98,10 @@ def _own_run_dir(config: JobConfig, runtime: Runtime) -> RunDir | None:
 
 
 def _record_failure(run_dir: RunDir | None, error: BaseException) -> None:
+    """Say in status.json how it ended; a job refused before its first step leaves nothing behind."""
     if run_dir is None:
+        return
+    if isinstance(error, QloraError) and run_dir.discard():
         return
     done = state.committed(run_dir.path)
     run_dir.write_status(
@@ -125,47 +113,13 @@ def _record_failure(run_dir: RunDir | None, error: BaseException) -> None:
     )
 
 
-def _build(config: JobConfig, runtime: Runtime) -> tuple[Any, TrainModel, LoraReport]:
-    """The base with its LoRA layers, and the module that is to be prepared. Rank-local."""
-    model, _ = load_base(
-        config.model.base,
-        revision=config.model.revision,
-        dtype=config.model.dtype,
-        quantization=config.model.quantization,
-        device=runtime.device,
-        attention="auto" if config.model.attention in ("auto", "documents") else config.model.attention,
-        allow_pickle=config.model.allow_pickle,
-    )
-    report = inject_lora(model, config.lora, seed=config.train.seed)
-    recompute = config.train.gradient_checkpointing
-    if recompute is True or (recompute == "auto" and runtime.device.type == "cuda"):
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    return model, TrainModel(model, config.model.attention).train(), report
-
-
-def _prepare(config: JobConfig, runtime: Runtime, train_model: TrainModel) -> Engine:
-    """Hand the module to Accelerate and DeepSpeed. Collective."""
-    parameters = [p for p in train_model.parameters() if p.requires_grad]
-    return processes.prepare(
-        runtime,
-        train_model,
-        build_optimizer(parameters, config.train, runtime.device, sharded=runtime.is_zero),
-        max_grad_norm=config.train.max_grad_norm,
-        scale_loss=config.model.dtype == "float16",
-        leaves=(LoraLayer, LossHead),
-    )
-
-
-def _split(config: JobConfig, runtime: Runtime) -> Split:
-    return Split(runtime.world_size, config.train.per_device_train_batch_size, config.train.gradient_accumulation_steps)
-
-
 def _train(
     config: JobConfig,
     runtime: Runtime,
     run_dir: RunDir | None,
     source: BaseSource,
     data: Data,
+    stop: StopFlag,
     *,
     force: bool,
 ) -> str:
@@ -175,7 +129,7 @@ def _train(
     loader = TrainLoader(
         data.rows,
         plan,
-        split=_split(config, runtime),
+        split=split_of(config, runtime),
         rank=runtime.rank,
         seed=config.train.seed,
         pad_token_id=data.pad_token_id,
@@ -191,10 +145,10 @@ def _train(
     )
     # Before the base is read, which may take minutes.
     found = runtime.from_main(lambda: _find_checkpoint(config, folder, identity, force))
-    model, train_model, report = _build(config, runtime)
+    model, train_model, report = build_model(config, runtime)
     if found is not None:
         resume.load_parameters(found, model)
-    engine = _prepare(config, runtime, train_model)
+    engine = prepare_engine(config, runtime, train_model)
     if found is not None:
         resume.load_optimizer(found, model, engine)
     trainer = found.trainer if found is not None else TrainerState(0, 0, 0, 0)
@@ -222,7 +176,6 @@ def _train(
     runtime.from_main(lambda: write_start(run_dir) if run_dir is not None else None)
     # Under --force the global batch may be another one: steps go on counting, and the data starts where they stand.
     position = loader.schedule.position_of_step(trainer.step) if force else Position(trainer.global_index)
-    stop = StopFlag()
     job = Job(
         config=config,
         runtime=runtime,
@@ -235,12 +188,9 @@ def _train(
         stop=stop,
     )
     stop.listen()
-    try:
-        outcome = train(job)
-        if outcome == "done":
-            _write_adapter(runtime, model, folder / "adapter", model_card(config, identity, report, num_steps))
-    finally:
-        stop.release()
+    outcome = train(job)
+    if outcome == "done":
+        _write_adapter(runtime, model, folder / "adapter", model_card(config, identity, report, num_steps))
     if run_dir is not None:
         step = num_steps if outcome == "done" else state.step_of(state.committed(folder)[-1])
         code = EXIT_DONE if outcome == "done" else EXIT_STOPPED
@@ -335,49 +285,8 @@ def _announce(
     print(f"processes {runtime.world_size}, {runtime.mode}, on {runtime.device.type}")
     tokens = int(rows.lengths.sum())
     print(f"data      {len(rows)} rows, {tokens:,} tokens, {rows.num_target_tokens:,} of them targets, {num_packs} packs")
-    print(f"training  {num_steps} steps of {_split(config, runtime).global_batch_size} packs")
+    print(f"training  {num_steps} steps of {split_of(config, runtime).global_batch_size} packs")
     print(report)
     if found is not None:
         print(f"resuming  {found.folder} after step {found.trainer.step}")
     sys.stdout.flush()
-
-
-def peak_memory_bytes(device: torch.device) -> int:
-    """The most this process has held: of the GPU's memory, or resident where it computes on the CPU."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
-    status = Path("/proc/self/status")
-    if status.is_file():
-        # getrusage would count what the launcher held when it forked this process.
-        line = next(line for line in status.read_text().splitlines() if line.startswith("VmHWM"))
-        return int(line.split()[1]) * 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
-
-
-def _dry_run(config: JobConfig, runtime: Runtime) -> int:
-    """One real step at full length on every rank, nothing kept."""
-    _, train_model, report = _build(config, runtime)
-    vocabulary = train_model.model.get_input_embeddings().weight.shape[0]
-    engine = _prepare(config, runtime, train_model)
-    rows = _split(config, runtime).per_device_batch_size
-    length = config.data.max_length
-    tokens = np.random.default_rng(config.train.seed).integers(0, vocabulary, (rows, length))
-    batch = collate_packed([(row, np.ones(length, dtype=np.uint8)) for row in tokens])
-    accumulation = config.train.gradient_accumulation_steps
-    batches = StepBatches(
-        step=0,
-        epoch=0.0,
-        micro_batches=(batch,) * accumulation,
-        position_after=Position(0),
-        global_num_tokens=batch.num_tokens * accumulation * runtime.world_size,
-        global_num_target_tokens=batch.num_target_tokens * accumulation * runtime.world_size,
-    )
-    result = run_step(engine, runtime, batches, Counters(), learning_rate=config.train.learning_rate, seed=config.train.seed)
-    peak = runtime.max(torch.tensor(float(peak_memory_bytes(runtime.device)), device=runtime.device)).item()
-    if runtime.is_main:
-        print(report)
-        print(
-            f"dry run: one step of {result.step_tokens:,} tokens in {result.step_seconds:.1f} s, loss {result.loss:.3f}, "
-            f"peak memory of the fullest rank {peak / 2**30:.2f} GiB"
-        )
-    return EXIT_DONE

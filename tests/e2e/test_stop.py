@@ -36,14 +36,24 @@ def workers_of(pid: int, descendants: Callable[[int], list[int]]) -> list[int]:
     return sorted(found)
 
 
+def is_running(pid: int) -> bool:
+    """Whether a process is there and not a zombie, which an orphan stays where nobody waits for it."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except OSError:
+        return False
+
+
 def send(workers: list[int], number: signal.Signals) -> None:
     for worker in workers:
         os.kill(worker, number)
 
 
-def start(project: Any, run_dir: Path, log: Path) -> subprocess.Popen[bytes]:
-    overrides = [project.fill(text, 2) for text in ("train.per_device_train_batch_size={rows}", "train.max_steps=40")]
-    return project.launch("zero1", 2, "train", str(project.job), f"train.output_dir={run_dir}", *overrides, log=log)
+def start(
+    project: Any, run_dir: Path, log: Path, *more: str, config: str = "zero1", num_steps: int = 40
+) -> subprocess.Popen[bytes]:
+    overrides = [project.fill("train.per_device_train_batch_size={rows}", 2), f"train.max_steps={num_steps}", *more]
+    return project.launch(config, 2, "train", str(project.job), f"train.output_dir={run_dir}", *overrides, log=log)
 
 
 def test_stopped_by_signal_then_orphaned_then_finished(
@@ -81,7 +91,7 @@ def test_stopped_by_signal_then_orphaned_then_finished(
     assert len(workers) == 2
     os.kill(launcher.pid, signal.SIGKILL)
     launcher.wait()
-    patiently(lambda: not any(Path(f"/proc/{worker}").exists() for worker in workers), timeout=60)
+    patiently(lambda: not any(map(is_running, workers)), timeout=60)
     second = json.loads((run_dir / "status.json").read_text())
     assert second["state"] == "stopped"
     assert first["step"] < second["step"] < 40
@@ -100,3 +110,20 @@ def refused_while_running(project: Any, run_dir: Path) -> subprocess.CompletedPr
     command = [sys.executable, "-m", "qlora", "train", str(project.job), f"train.output_dir={run_dir}"]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "TORCHDYNAMO_DISABLE": "1"}
     return subprocess.run(command, capture_output=True, text=True, env=environment, timeout=120, check=False)
+
+
+def test_a_rank_that_dies_takes_the_others_along(
+    project: Any, patiently: Callable[..., Any], descendants: Callable[[int], list[int]], tmp_path: Path
+) -> None:
+    run_dir, log = tmp_path / "run", tmp_path / "log"
+    launcher = start(project, run_dir, log, "checkpoint.every_steps=2", config="zero2", num_steps=400)
+    patiently(lambda: len(rows_of(run_dir)) >= 4)
+    workers = workers_of(launcher.pid, descendants)
+    send(workers[1:], signal.SIGKILL)
+    assert project.wait(launcher, log, timeout=30) == 1
+    assert not any(map(is_running, workers))
+    status = json.loads((run_dir / "status.json").read_text())
+    assert (status["state"], status["exit_code"], status["resumable"]) == ("failed", 1, True)
+    assert status["num_steps"] == 400
+    assert status["step"] >= 2
+    assert (run_dir / f"checkpoints/step-{status['step']:08d}/COMMITTED").is_file()

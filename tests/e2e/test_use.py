@@ -159,6 +159,6 @@ def test_merging_modules_that_were_trained_as_wholes(project: Any, tmp_path: Pat
         torch.testing.assert_close(theirs(ids).logits, own(ids).logits, atol=2e-5, rtol=1e-5)
 
 
-def test_every_launch_file_was_used(project: Any, launched_files: set[str]) -> None:
+def test_every_launch_file_starts_some_of_these_runs(launched_files: set[str]) -> None:
     shipped = {path.stem for path in (Path(__file__).parents[2] / "launch/accelerate").glob("*.yaml")}
     assert shipped == launched_files

@@ -163,6 +163,14 @@ def test_merging_twice_is_an_error_and_changes_nothing() -> None:
     assert all(torch.equal(layer._merged_weight, weight) for layer, weight in zip(model, merged, strict=True))
 
 
+def test_a_model_that_is_merged_in_part_is_merged_no_further() -> None:
+    model = nn.Sequential(make_layer(), make_layer(nn.Linear(16, 16)))
+    model[1].merge()
+    with pytest.raises(AdapterError, match="'default' is merged already"):
+        merge_adapter(model)
+    assert [layer.merged_adapter for layer in model] == [None, "default"]
+
+
 def test_unmerging_what_is_not_merged_is_an_error() -> None:
     model = nn.Sequential(make_layer())
     for unmerge in (lambda: unmerge_adapter(model), model[0].unmerge):

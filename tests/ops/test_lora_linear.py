@@ -202,6 +202,26 @@ def test_backward_uses_the_weight_as_it_is_then() -> None:
     torch.testing.assert_close(torch.autograd.grad(y, case.x, case.dy)[0], want)
 
 
+def test_layers_may_be_handed_their_weights_in_one_buffer() -> None:
+    cases = [Case(torch.float64), Case(torch.float64)]
+    mix = torch.randn(O, I, dtype=torch.float64, generator=torch.Generator().manual_seed(3))
+    cases[1].weight = torch.flip(cases[0].weight, [0])
+    buffer = torch.empty(O, I, dtype=torch.float64)
+
+    def run(apply: Callable[[Case, Tensor], Tensor]) -> tuple[Tensor, ...]:
+        y = apply(cases[1], apply(cases[0], cases[0].x) @ mix)
+        inputs = (cases[0].x, cases[0].lora_A, cases[0].lora_B, cases[1].lora_A, cases[1].lora_B)
+        return y, *torch.autograd.grad(y, inputs, cases[0].dy)
+
+    def ours(case: Case, x: Tensor) -> Tensor:
+        return lora_linear(x, lambda: buffer.copy_(case.weight), case.bias, case.lora_A, case.lora_B, SCALING)
+
+    def plain(case: Case, x: Tensor) -> Tensor:
+        return torch.nn.functional.linear(x, case.weight, case.bias) + SCALING * (x @ case.lora_A.T @ case.lora_B.T)
+
+    torch.testing.assert_close(run(ours), run(plain))
+
+
 # Dropout.
 
 

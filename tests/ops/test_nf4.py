@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import math
+import threading
 from typing import Any
 
 import bitsandbytes
@@ -166,6 +167,34 @@ def test_statistics_may_lie_anywhere_in_a_larger_buffer(double_quant: bool) -> N
         view = buffer[offset : offset + statistics.numel()]
         view.copy_(statistics)
         assert torch.equal(nf4.dequantize(packed, view, spec, (40, 64), torch.float32), wanted)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", [(40, 64), (40, 96), (4, 7)])
+@pytest.mark.parametrize("spec", [QuantSpec(), QuantSpec("fp4", 32, False), QuantSpec(storage=torch.bfloat16)], ids=str)
+def test_a_borrowed_weight_is_the_same_weight(spec: QuantSpec, shape: tuple[int, int], dtype: torch.dtype) -> None:
+    for seed in range(3):  # one buffer, another weight each time
+        packed, statistics = nf4.quantize(make_weight(*shape, seed=seed), spec)
+        want = nf4.dequantize(packed, statistics, spec, shape, dtype)
+        found = nf4.dequantize_borrowed(packed, statistics, spec, shape, dtype)
+        assert found.dtype == dtype
+        assert torch.equal(found, want)
+
+
+def test_threads_do_not_share_what_they_borrow() -> None:
+    spec = QuantSpec()
+    weights = [nf4.quantize(make_weight(64, 64, seed=seed), spec) for seed in range(2)]
+    want = [nf4.dequantize(*weight, spec, (64, 64), torch.float32) for weight in weights]
+    borrowed = [torch.empty(0), torch.empty(0)]
+
+    def borrow(index: int) -> None:
+        borrowed[index] = nf4.dequantize_borrowed(*weights[index], spec, (64, 64), torch.float32)
+
+    borrow(0)
+    thread = threading.Thread(target=borrow, args=(1,))
+    thread.start()
+    thread.join()
+    assert all(torch.equal(*pair) for pair in zip(borrowed, want, strict=True))
 
 
 # What bitsandbytes writes beside a weight.

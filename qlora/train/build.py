@@ -1,0 +1,80 @@
+"""The pieces a run and a dry run are both made of: the base with its LoRA layers, the prepared engine, memory."""
+
+from __future__ import annotations
+
+import resource
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from qlora.adapter.base import load_base
+from qlora.config.schema import JobConfig
+from qlora.data.sampler import Split
+from qlora.distributed import runtime as processes
+from qlora.distributed.runtime import Engine, Runtime
+from qlora.errors import ConfigError
+from qlora.lora.inject import LoraReport, inject_lora
+from qlora.lora.layer import LoraLayer
+from qlora.objective.train_model import LossHead, TrainModel
+from qlora.train.optim import build_optimizer
+
+
+def check_device(config: JobConfig, runtime: Runtime) -> None:
+    """Refuse dtypes that the device or the sharding cannot train in."""
+    if config.model.dtype == "float16" and (runtime.device.type != "cuda" or runtime.is_zero):
+        raise ConfigError(
+            "float16 needs a GPU and its loss scale, which is not applied under DeepSpeed",
+            place="model.dtype",
+            found=f"{runtime.device.type}, {runtime.mode}",
+            wanted="bfloat16 or float32",
+        )
+
+
+def build_model(config: JobConfig, runtime: Runtime) -> tuple[Any, TrainModel, LoraReport]:
+    """The base with its LoRA layers, and the module that is to be prepared. Rank-local."""
+    model, _ = load_base(
+        config.model.base,
+        revision=config.model.revision,
+        dtype=config.model.dtype,
+        quantization=config.model.quantization,
+        device=runtime.device,
+        attention="auto" if config.model.attention in ("auto", "documents") else config.model.attention,
+        allow_pickle=config.model.allow_pickle,
+    )
+    report = inject_lora(model, config.lora, seed=config.train.seed)
+    recompute = config.train.gradient_checkpointing
+    if recompute is True or (recompute == "auto" and runtime.device.type == "cuda"):
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    return model, TrainModel(model, config.model.attention).train(), report
+
+
+def prepare_engine(config: JobConfig, runtime: Runtime, train_model: TrainModel) -> Engine:
+    """Hand the module to Accelerate and DeepSpeed. Collective."""
+    parameters = [p for p in train_model.parameters() if p.requires_grad]
+    return processes.prepare(
+        runtime,
+        train_model,
+        build_optimizer(parameters, config.train, runtime.device, sharded=runtime.is_zero),
+        max_grad_norm=config.train.max_grad_norm,
+        scale_loss=config.model.dtype == "float16",
+        leaves=(LoraLayer, LossHead),
+    )
+
+
+def split_of(config: JobConfig, runtime: Runtime) -> Split:
+    """How a global batch is shared out over these ranks."""
+    return Split(runtime.world_size, config.train.per_device_train_batch_size, config.train.gradient_accumulation_steps)
+
+
+def peak_memory_bytes(device: torch.device) -> int:
+    """The most this process has held: of the GPU's memory, or resident where it computes on the CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    status = Path("/proc/self/status")
+    if status.is_file():
+        # getrusage would count what the launcher held when it forked this process.
+        line = next(line for line in status.read_text().splitlines() if line.startswith("VmHWM"))
+        return int(line.split()[1]) * 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
