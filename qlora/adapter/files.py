@@ -21,7 +21,15 @@ from qlora.adapter.keys import AdapterKey, parse_key
 from qlora.distributed.collectives import is_partitioned, whole_parameters
 from qlora.errors import AdapterError, BaseModelError
 from qlora.files import write_file
-from qlora.lora.inject import AdapterRecord, activate, check_can_add, is_supported, list_candidates, wrap
+from qlora.lora.inject import (
+    AdapterRecord,
+    activate,
+    check_can_add,
+    is_supported,
+    list_candidates,
+    take_over_bitsandbytes,
+    wrap,
+)
 from qlora.lora.layer import LoraLayer, lora_layers
 from qlora.quant import shards
 from qlora.quant.load import BaseRecord
@@ -211,7 +219,7 @@ def load_adapter(
     if name in adapters and not replace:
         raise AdapterError(f"the model has an adapter {name!r} already", next_step="pass replace=True, or another name")
     _check_fit(model, found, other_base)
-    check_can_add(model, name, found.targeted, found.trained)
+    check_can_add(model, name, found.trained)
     lost = set(adapters[name].trained) - set(found.trained) if name in adapters else set()
     if lost:
         raise AdapterError(
@@ -226,6 +234,7 @@ def load_adapter(
     tensors = {key: entry.read_whole() for key, entry in found.entries.items()}
     if name in adapters:
         _forget(model, name)
+    take_over_bitsandbytes(model)
     for path in found.targeted:
         layer = wrap(model, path)
         layer.add_adapter(name, config, path, seed=0)

@@ -74,7 +74,7 @@ def inject_lora(model: nn.Module, config: LoraConfig, name: str = "default", *, 
     """Wrap the targeted layers with LoRA layers, in place, and freeze everything else. Rank-local, same on every rank.
 
     Args:
-        model: any module. bitsandbytes' Linear4bit layers are taken over without copying their weights.
+        model: any module. bitsandbytes' Linear4bit layers are all taken over, without copying their weights.
         name: of the adapter. Injecting a second name adds to the same layers and makes the new one active.
         seed: A's values depend on it and on each module's path.
 
@@ -88,7 +88,8 @@ def inject_lora(model: nn.Module, config: LoraConfig, name: str = "default", *, 
     candidates, untargetable = list_candidates(model)
     selection = _without_narrow_layers(model, config, select(candidates, config.target_modules, config.exclude_modules))
     trained = _modules_to_train(model, config, set(selection.targeted))
-    check_can_add(model, name, selection.targeted, trained)
+    check_can_add(model, name, trained)
+    take_over_bitsandbytes(model)
     for path in selection.targeted:
         wrap(model, path).add_adapter(name, config, path, seed)
     activate(model, name, trained)
@@ -99,7 +100,7 @@ def inject_lora(model: nn.Module, config: LoraConfig, name: str = "default", *, 
     )
 
 
-def check_can_add(model: nn.Module, name: str, targeted: Iterable[str], trained: Collection[str]) -> None:
+def check_can_add(model: nn.Module, name: str, trained: Collection[str]) -> None:
     """Raise, before anything is changed, what adding an adapter would raise half way.
 
     Raises:
@@ -118,10 +119,21 @@ def check_can_add(model: nn.Module, name: str, targeted: Iterable[str], trained:
             found=f"adapter {sharing[0]!r} beside {name!r}",
             next_step="use one model for each, or train neither norms, embeddings nor head",
         )
-    for path in targeted:
-        module = model.get_submodule(path)
+    for path, module in model.named_modules():
         if isinstance(module, nf4.BnbLinear4bit):
             nf4.check_linear4bit(module, path)
+
+
+def take_over_bitsandbytes(model: nn.Module) -> None:
+    """Replace every bitsandbytes Linear4bit by ours, without copying its weight; also those that get no adapter.
+
+    Of bitsandbytes' own, one evaluation on some CPUs would cut the gradient off for all layers before it.
+    """
+    for path, module in list(model.named_modules()):
+        if isinstance(module, nf4.BnbLinear4bit):
+            stored: Any = module.weight
+            dtype = module.compute_dtype or stored.quant_state.dtype
+            model.set_submodule(path, Linear4bit.from_bitsandbytes(module, dtype, path))
 
 
 def _without_narrow_layers(model: nn.Module, config: LoraConfig, selection: Selection) -> Selection:
@@ -171,10 +183,10 @@ def list_candidates(model: nn.Module) -> tuple[list[Candidate], dict[str, str]]:
 def is_supported(module: nn.Module) -> bool:
     """Whether a LoRA layer of ours can wrap this module: torch's Linear, our or bitsandbytes' 4-bit one.
 
-    Other subclasses of Linear may compute something else in their forward, which a LoRA layer would leave out.
+    Other subclasses of Linear may compute something else in their forward, which a LoRA layer would leave out, or are
+    never called, as the one in torch's MultiheadAttention, whose weight alone is used.
     """
-    exact = (nn.Linear, Linear4bit, nn.modules.linear.NonDynamicallyQuantizableLinear)
-    return type(module) in exact or isinstance(module, nf4.BnbLinear4bit)
+    return type(module) in (nn.Linear, Linear4bit) or isinstance(module, nf4.BnbLinear4bit)
 
 
 def wrap(model: nn.Module, path: str) -> LoraLayer:
@@ -182,9 +194,6 @@ def wrap(model: nn.Module, path: str) -> LoraLayer:
     module: Any = model.get_submodule(path)
     if isinstance(module, LoraLayer):
         return module
-    if isinstance(module, nf4.BnbLinear4bit):
-        stored: Any = module.weight
-        module = Linear4bit.from_bitsandbytes(module, module.compute_dtype or stored.quant_state.dtype, path)
     if not is_supported(module) or not isinstance(module, nn.Linear):
         raise AdapterError("not a linear layer that can carry one", place=path, found=type(module).__name__)
     layer = LoraLinear(module).train(module.training)

@@ -178,6 +178,13 @@ def test_all_linear_leaves_out_what_is_narrower_than_r() -> None:
     assert report.skipped == {"1": "a side of 1, below r = 4"}
 
 
+def test_a_layer_that_is_never_called_gets_no_adapter() -> None:
+    """torch's own attention reads the weight of its output layer and never calls the layer: an update would do nothing."""
+    report = inject_lora(nn.TransformerEncoderLayer(16, 2, 32, batch_first=True), LoraConfig(r=4))
+    assert list(report.targeted) == ["linear1", "linear2"]
+    assert list(report.untargetable) == ["self_attn.out_proj"]
+
+
 def test_beside_a_merged_adapter_nothing_is_added() -> None:
     model = make_mlp()
     inject_lora(model, LoraConfig(r=4), "a")
@@ -252,6 +259,23 @@ def test_bitsandbytes_layers_are_taken_over(make_base: Callable[..., Path]) -> N
         theirs.eval()(IDS)  # what would have repacked the weights
     theirs.train()(IDS, labels=IDS).loss.backward()
     assert all(layer.lora_B["default"].grad.abs().sum() > 0 for _, layer in lora_layers(theirs))
+
+
+def test_layers_without_an_adapter_are_taken_over_too(make_base: Callable[..., Path]) -> None:
+    """An evaluation would otherwise cut the gradient off for every layer before the first one that was repacked."""
+    theirs = transformers_4bit(make_base("llama", hidden_size=128, intermediate_size=256, num_key_value_heads=4))
+    inject_lora(theirs, LoraConfig(r=4, target_modules=["layers.0.self_attn.q_proj"]))
+    assert not any(isinstance(module, bitsandbytes.nn.Linear4bit) for module in theirs.modules())
+    factor = theirs.model.layers[0].self_attn.q_proj.lora_B["default"]
+
+    def gradient() -> Tensor:
+        return torch.autograd.grad(theirs.train()(IDS, labels=IDS).loss, factor)[0]
+
+    before = gradient()
+    with torch.no_grad():
+        theirs.eval()(IDS)
+    assert before.any()
+    assert torch.equal(gradient(), before)
 
 
 def test_a_model_that_was_evaluated_before_is_refused_and_left_as_it_was(make_base: Callable[..., Path]) -> None:

@@ -6,6 +6,7 @@ import contextlib
 import json
 import math
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -19,13 +20,15 @@ from qlora.data.loader import StepBatches
 from qlora.data.sampler import Position
 from qlora.errors import QloraError
 from qlora.train.hooks import CheckpointHook, EvaluateHook, MetricsHook, ProgressHook, StatusHook
-from qlora.train.loop import Job, train
+from qlora.train.loop import Job, refuse_nonfinite, train
 from qlora.train.run_dir import MetricsWriter
 from qlora.train.step import Counters, StepResult, run_step, seed_step
 
 
 class Engine:
     """Says what it was asked for; losses and norms come from lists."""
+
+    skips_overflow = False
 
     def __init__(self, losses: list[float] | None = None, norms: list[float] | None = None) -> None:
         self.losses, self.norms, self.calls = losses or [], norms or [], list[Any]()
@@ -213,3 +216,12 @@ def test_status_is_written_now_and_then_and_at_the_end(monkeypatch: pytest.Monke
         hook.after_step(result_at(step), is_last=step == 4)
         now[0] += 3.0
     assert written == [1, 3, 4]
+
+
+def test_a_skipped_overflow_is_no_error_and_an_infinite_loss_is() -> None:
+    overflow = replace(result_at(3), grad_norm=float("inf"))
+    refuse_nonfinite(overflow, allow_overflow=True)
+    with pytest.raises(QloraError, match="not finite at step"):
+        refuse_nonfinite(overflow)
+    with pytest.raises(QloraError, match="not finite at step"):
+        refuse_nonfinite(replace(overflow, loss=float("nan")), allow_overflow=True)
