@@ -8,7 +8,6 @@ wants to resume it, and which differences leave the trained result comparable.
 from __future__ import annotations
 
 import importlib.util
-import math
 import os
 import re
 from collections.abc import Iterator
@@ -37,7 +36,7 @@ def check_job(config: JobConfig, verb: Verb, source: str = "") -> None:
     Args:
         source: the job file's name, put in front of each key.
     """
-    problems = [*_numbers(config), *_combinations(config)]
+    problems = [*_combinations(config)]
     if verb in ("train", "eval"):
         problems += [*_base(config), *_data(config, verb)]
     if verb == "train":
@@ -45,12 +44,6 @@ def check_job(config: JobConfig, verb: Verb, source: str = "") -> None:
     if problems:
         named = [Problem(source, p.key, p.message, p.found, p.wanted, p.next_step) for p in problems]
         raise as_error(named, source or "the job")
-
-
-def _numbers(config: JobConfig) -> Iterator[Problem]:
-    for key, value in _flat(config).items():
-        if isinstance(value, float) and not math.isfinite(value):
-            yield Problem("", key, "not a finite number", found=str(value))
 
 
 def _combinations(config: JobConfig) -> Iterator[Problem]:

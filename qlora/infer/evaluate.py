@@ -4,15 +4,12 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import torch
-
 from qlora.adapter.base import load_base
 from qlora.adapter.files import load_adapter
 from qlora.config.schema import JobConfig
 from qlora.data.loader import EvalLoader, plan_packs
 from qlora.data.prepare import prepare
 from qlora.data.tokenizer import load_tokenizer, padding_token_id
-from qlora.lora.layer import disable_adapter
 from qlora.objective.evaluate import evaluate
 from qlora.objective.train_model import TrainModel
 from qlora.quant.source import resolve_base
@@ -31,8 +28,6 @@ def run_evaluate(config: JobConfig, adapter: Path | None) -> dict[str, dict[str,
         attention="auto" if config.model.attention in ("auto", "documents") else config.model.attention,
         allow_pickle=config.model.allow_pickle,
     )
-    if adapter is not None:
-        load_adapter(model, adapter)
     loader = EvalLoader(
         rows,
         plan_packs(rows, config.data, seed=0),
@@ -41,12 +36,11 @@ def run_evaluate(config: JobConfig, adapter: Path | None) -> dict[str, dict[str,
         world_size=1,
         pad_token_id=padding_token_id(tokenizer),
     )
-    scored = TrainModel(model, config.model.attention).eval()
-    device: torch.device = model.device
-    with disable_adapter(model):
-        results = {"base": evaluate(scored, loader, device)}
+    results = {"base": evaluate(TrainModel(model, config.model.attention), loader, model.device)}
     if adapter is not None:
-        results["adapter"] = evaluate(scored, loader, device)
+        # Only now: modules that the adapter trained as wholes replace the base's own.
+        load_adapter(model, adapter)
+        results["adapter"] = evaluate(TrainModel(model, config.model.attention), loader, model.device)
     print(f"{'':10}{'loss':>10}{'perplexity':>14}{'target tokens':>16}")
     for name, values in results.items():
         print(

@@ -20,8 +20,7 @@ from qlora.data.batch import Batch, collate_packed
 from qlora.distributed.collectives import is_partitioned
 
 DOCUMENT_TOKENS = (6, 5)
-# Logits may come in bfloat16, which rounds to 0.4%; a factor that was overlooked
-# or a layer in between makes far more.
+# Logits may come in bfloat16, which rounds to 0.4%; a factor that was overlooked or a layer in between makes far more.
 LOGIT_TOLERANCE = 0.02
 
 
@@ -50,7 +49,7 @@ def documents_stay_apart(model: Any, hidden_states: Callable[[Batch], Tensor]) -
     """Whether no token of a packed row's second document depends on the first. Rank-local.
 
     It is read off the gradient with respect to the first document's embeddings, which is exactly zero where there is no
-    path at all, whatever the arithmetic's precision.
+    path at all, whatever the arithmetic's precision; a direction of length one keeps it within float16.
 
     Args:
         hidden_states: batch to (B, T, D) through the model.
@@ -68,7 +67,7 @@ def documents_stay_apart(model: Any, hidden_states: Callable[[Batch], Tensor]) -
             second = hidden_states(_some_tokens(model))[:, first:].float()
             # Weighted, because the plain sum over a normalised vector does not depend on what is in it.
             weights = torch.randn(second.shape, generator=torch.Generator().manual_seed(0)).to(second.device)
-            (gradient,) = torch.autograd.grad((second * weights).sum(), embedded[:1])
+            (gradient,) = torch.autograd.grad((second * (weights / weights.norm())).sum(), embedded[:1])
     finally:
         handle.remove()
     return not gradient[:, :first].any()

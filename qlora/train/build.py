@@ -33,7 +33,11 @@ def check_device(config: JobConfig, runtime: Runtime) -> None:
 
 
 def build_model(config: JobConfig, runtime: Runtime) -> tuple[Any, TrainModel, LoraReport]:
-    """The base with its LoRA layers, and the module that is to be prepared. Rank-local."""
+    """The base with its LoRA layers, and the module that is to be prepared. Rank-local.
+
+    Raises:
+        ConfigError: rows are to be packed, and this model would let their documents see each other.
+    """
     model, _ = load_base(
         config.model.base,
         revision=config.model.revision,
@@ -47,7 +51,10 @@ def build_model(config: JobConfig, runtime: Runtime) -> tuple[Any, TrainModel, L
     recompute = config.train.gradient_checkpointing
     if recompute is True or (recompute == "auto" and runtime.device.type == "cuda"):
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    return model, TrainModel(model, config.model.attention).train(), report
+    train_model = TrainModel(model, config.model.attention).train()
+    if config.data.packing and train_model.packing_refused is not None:
+        raise train_model.packing_refused
+    return model, train_model, report
 
 
 def prepare_engine(config: JobConfig, runtime: Runtime, train_model: TrainModel) -> Engine:
