@@ -29,6 +29,9 @@ def prepare_environment() -> None:
     warnings.filterwarnings("ignore", message="`torch.distributed", category=FutureWarning)
     if not torch.cuda.is_available():
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
+        # At start DeepSpeed 0.19.8 compiles shared-memory collectives for CPUs, which needs a compiler and fails where the
+        # environment's path has a space in it. It goes on with gloo where it finds them not compatible.
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
 
 
 def fill_config(
