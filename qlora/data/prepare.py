@@ -29,6 +29,7 @@ from qlora.data.records import digest_of_sources, read_records
 from qlora.data.token_rows import TokenRow, cut_row, encode_rows
 from qlora.data.token_store import TokenizedDataset, TokenWriter, open_store
 from qlora.errors import DataError
+from qlora.files import sync_folder
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -148,7 +149,7 @@ def _publish(temporary: Path, folder: Path, fingerprint: str) -> TokenizedDatase
         if folder.exists():
             shutil.rmtree(folder)
         os.replace(temporary, folder)
-        _flush_folder(folder.parent)
+        sync_folder(folder.parent)
     dataset = open_store(folder, fingerprint)
     if dataset is None:
         raise RuntimeError(f"{folder} was written a moment ago and cannot be opened")
@@ -231,11 +232,3 @@ def _sweep(cache: Path, fingerprint: str) -> None:
     """Remove what interrupted attempts left. Only the holder of the lock may: nobody else is writing then."""
     for left in cache.glob(f"{fingerprint}.unfinished-*"):
         shutil.rmtree(left, ignore_errors=True)
-
-
-def _flush_folder(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
