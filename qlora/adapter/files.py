@@ -8,7 +8,7 @@ safetensors metadata, where other readers do not look.
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +36,7 @@ from qlora.quant.load import BaseRecord
 
 WEIGHTS_NAME = "adapter_model.safetensors"
 METADATA_KEY = "qlora"
+TEMPLATE_NAME = "chat_template.jinja"
 
 
 def adapter_parameters(model: nn.Module, name: str = "default") -> dict[str, nn.Parameter]:
@@ -76,7 +77,10 @@ def save_adapter(model: nn.Module, folder: str | Path, name: str = "default", *,
 
 
 def render_files(model: nn.Module, state: dict[str, Tensor], name: str = "default") -> dict[str, bytes]:
-    """The content of an adapter's files by file name. Raises AdapterError where a tensor is empty or not finite."""
+    """The content of an adapter's files by file name. Raises AdapterError where a tensor is empty or not finite.
+
+    A model that was trained with a chat template other than its tokenizer's (`qlora_chat_template`) takes it along.
+    """
     for key, value in state.items():
         if value.numel() == 0:
             raise AdapterError(f"{key} is empty: it was not gathered from its shares", next_step="report this as a bug")
@@ -97,7 +101,11 @@ def render_files(model: nn.Module, state: dict[str, Tensor], name: str = "defaul
     # Tied parameters that are trained are one tensor under two keys; a file may not alias.
     tensors = {key: value.clone() for key, value in state.items()}
     metadata = {"format": "pt", METADATA_KEY: json.dumps(_describe_base(base), sort_keys=True)}
-    return {WEIGHTS_NAME: _weights_file(tensors, metadata), config_file.CONFIG_NAME: config.encode()}
+    files = {WEIGHTS_NAME: _weights_file(tensors, metadata), config_file.CONFIG_NAME: config.encode()}
+    template: str | None = model.__dict__.get("qlora_chat_template")
+    if template is not None:
+        files[TEMPLATE_NAME] = template.encode()
+    return files
 
 
 def _weights_file(tensors: dict[str, Tensor], metadata: dict[str, str]) -> bytes:
@@ -131,7 +139,7 @@ class AdapterFile:
 
     folder: Path
     config: config_file.AdapterConfig
-    entries: dict[AdapterKey, shards.TensorEntry]
+    entries: dict[AdapterKey, shards.TensorEntry] = field(repr=False)
     described: dict[str, Any]
 
     @property
@@ -290,7 +298,7 @@ def _check_fit(model: nn.Module, found: AdapterFile, other_base: bool) -> None:
             place=place,
             found=f"{found.described['base']['name']} ({recorded[:12]})",
             wanted=f"{base.source.name} ({base.source.fingerprint[:12]})",
-            next_step="give the base it was trained on, or load with other_base=True",
+            next_step="give the base it was trained on (in Python other_base=True loads it all the same)",
         )
     if not found.targeted and not found.trained:
         raise AdapterError("the adapter would change nothing", place=place)
@@ -345,4 +353,4 @@ def _wanted_shape(module: Any, key: AdapterKey, r: int) -> tuple[int, ...] | Non
         weight = getattr(module, "weight", None)
         return tuple(weight.shape) if isinstance(weight, Tensor) else None
     parameter = dict(module.named_parameters(recurse=False)).get(key.part)
-    return None if parameter is None else tuple(parameter.shape)
+    return None if parameter is None or not parameter.is_floating_point() else tuple(parameter.shape)

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from qlora.adapter.files import AdapterFile, open_adapter
+from qlora.adapter.files import TEMPLATE_NAME, AdapterFile, open_adapter
 from qlora.adapter.keys import AdapterKey
 from qlora.config.schema import QuantizationConfig
 from qlora.errors import AdapterError
@@ -68,7 +68,7 @@ def run_merge(
     try:
         temporary.mkdir(parents=True)
         write_model(temporary, _plan(skeleton, found, onto, wanted))
-        _copy_rest(source, temporary, str(wanted).removeprefix("torch."))
+        _copy_rest(source, adapter, temporary, str(wanted).removeprefix("torch."))
         if out.exists():
             out.rmdir()  # the command line has made sure that it is empty
         os.rename(temporary, out)
@@ -180,8 +180,8 @@ def _maker(
     return make
 
 
-def _copy_rest(source: BaseSource, out: Path, dtype: str) -> None:
-    """config.json without its quantization, tokenizer and the other small files."""
+def _copy_rest(source: BaseSource, adapter: Path, out: Path, dtype: str) -> None:
+    """config.json without its quantization, tokenizer, the adapter's chat template, and the other small files."""
     config = json.loads((source.folder / "config.json").read_text(encoding="utf-8"))
     config.pop("quantization_config", None)
     config["dtype"] = dtype
@@ -191,3 +191,5 @@ def _copy_rest(source: BaseSource, out: Path, dtype: str) -> None:
     for file in source.folder.iterdir():
         if file.is_file() and file not in skipped and file.suffix in (".json", ".model", ".txt", ".jinja"):
             shutil.copyfile(file, out / file.name)
+    if (adapter / TEMPLATE_NAME).is_file():
+        shutil.copyfile(adapter / TEMPLATE_NAME, out / TEMPLATE_NAME)

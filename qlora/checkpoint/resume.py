@@ -160,8 +160,9 @@ def load_optimizer(found: Found, model: nn.Module, engine: Engine) -> None:
         if key not in own:
             raise CheckpointError(f"the optimizer state of {key} has no parameter here", place=str(found.folder))
         states[own[key]][part] = entry.read_whole()
+    # A parameter that no gradient has reached yet, in a layer that the data does not use, has no state anywhere.
     empty = [key for key, name in own.items() if not states[name]]
-    if empty:
+    if len(empty) == len(own):
         raise CheckpointError(
             f"{len(empty)} parameters have no optimizer state", place=str(found.folder), found=", ".join(empty[:5])
         )

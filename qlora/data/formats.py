@@ -157,7 +157,7 @@ def _prompt_completion(record: Record, has_chat_template: bool) -> Conversation 
 
 def _alpaca(record: Record, has_chat_template: bool) -> Conversation | PlainText:
     instruction, output = (_string(record, name, "alpaca") for name in ("instruction", "output"))
-    context = _string(record, "input", "alpaca") if "input" in record.fields else ""
+    context = _string(record, "input", "alpaca") if record.fields.get("input") is not None else ""
     if has_chat_template:
         return _turns(f"{instruction}\n\n{context}" if context else instruction, output, record.place)
     with_context = ", paired with an input that provides further context" if context else ""

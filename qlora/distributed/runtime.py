@@ -127,6 +127,25 @@ class Runtime:
             raise error
         return value
 
+    def refuse_differences(self, facts: dict[str, str]) -> None:
+        """Make sure that all ranks hold the same. Collective.
+
+        Raises:
+            LaunchError: on every rank, naming the facts that differ.
+        """
+        if self.world_size == 1:
+            return
+        gathered: list[Any] = [None] * self.world_size
+        torch.distributed.all_gather_object(gathered, facts)
+        differing = [name for name in facts if len({str(other.get(name)) for other in gathered}) > 1]
+        if differing:
+            raise LaunchError(
+                f"the ranks do not hold the same {', '.join(differing)}",
+                place="launch",
+                found="; ".join(f"rank {rank}: {other[differing[0]][:12]}" for rank, other in enumerate(gathered[:4])),
+                next_step="give every node the same files, job file and cache",
+            )
+
     def end(self) -> None:
         """Leave the process group."""
         if torch.distributed.is_available() and torch.distributed.is_initialized():
@@ -270,6 +289,8 @@ class PlainEngine:
 
     def load_optimizer_state(self, states: dict[str, dict[str, Tensor]], step: int) -> None:
         for name, state in states.items():
+            if not state:
+                continue
             parameter = self.parameters[name]
             own: dict[str, Any] = {key: value.to(parameter.device) for key, value in state.items()}
             counter = torch.tensor(float(step)) if type(self.optimizer).__module__.startswith("torch.") else step

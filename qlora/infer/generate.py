@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from qlora.adapter.base import load_base
-from qlora.adapter.files import load_adapter, open_adapter
+from qlora.adapter.files import TEMPLATE_NAME, load_adapter, open_adapter
 from qlora.config.schema import ModelConfig, QuantizationConfig
 from qlora.errors import AdapterError
 
@@ -39,6 +39,9 @@ def open_for_inference(adapter: Path | None, base: str | None) -> tuple[Any, Any
     model, tokenizer = load_base(base or defaults.base, revision=revision, dtype=dtype, quantization=quantization)
     if adapter is not None:
         load_adapter(model, adapter)
+        template = adapter / TEMPLATE_NAME
+        if template.is_file():
+            tokenizer.chat_template = template.read_text(encoding="utf-8")
     return model, tokenizer
 
 
@@ -81,7 +84,9 @@ def generate_texts(
     model.eval()
     for start in range(0, len(order), batch_size):
         chosen = order[start : start + batch_size]
-        rows = [tokenizer(texts[i], add_special_tokens=False)["input_ids"] for i in chosen]
+        # A template prints its special tokens itself; plain text was trained with those the tokenizer adds.
+        plain = not getattr(tokenizer, "chat_template", None)
+        rows = [tokenizer(texts[i], add_special_tokens=plain)["input_ids"] for i in chosen]
         longest = max(map(len, rows))
         ids = torch.tensor([[pad] * (longest - len(row)) + row for row in rows], device=model.device)
         mask = torch.tensor([[0] * (longest - len(row)) + [1] * len(row) for row in rows], device=model.device)

@@ -189,7 +189,16 @@ def lora_layers(model: nn.Module) -> Iterator[tuple[str, LoraLayer]]:
 
 @contextmanager
 def disable_adapter(model: nn.Module) -> Iterator[nn.Module]:
-    """Compute the base's own function inside the context; merged updates are left out too."""
+    """Compute the base's own function inside the context; merged updates are left out too.
+
+    Raises:
+        AdapterError: the adapter trained modules as wholes, which have taken the place of the base's own.
+    """
+    if any(record.trained for record in model.__dict__.get("qlora_adapters", {}).values()):
+        raise AdapterError(
+            "modules that were trained as wholes have replaced the base's own, so they cannot be left out",
+            next_step="load the base again without the adapter",
+        )
     before = [(layer, layer.enabled) for _, layer in lora_layers(model)]
     for layer, _ in before:
         layer.enabled = False

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from qlora.data.batch import IGNORE, Batch
 from qlora.errors import ConfigError, QloraError
-from qlora.lora.layer import LoraLayer
+from qlora.lora.layer import LoraLayer, refuse_merged
 from qlora.objective import probe
 from qlora.ops import attention
 from qlora.ops.attention import DocumentLayout, packed_forward
@@ -55,6 +55,7 @@ class TrainModel(nn.Module):
 
     def __init__(self, model: Any, attention_name: str = "auto") -> None:
         super().__init__()
+        refuse_merged(model)
         self.model = model
         self.loss_head = build_loss_head(model)
         self.packing_refused: ConfigError | None = None

@@ -128,6 +128,11 @@ def document_attention(
         if query.device.type == "cpu" and group.length <= SHORT:
             out = _short_attention(q, k, v, scaling, visible, dropout)
         else:
+            grouped = q.shape[1] != k.shape[1]
+            if grouped and visible is not None:
+                # With a mask, torch's fused kernels on GPUs do not take grouped heads.
+                k, v = (t.repeat_interleave(q.shape[1] // t.shape[1], dim=1) for t in (k, v))
+                grouped = False
             out = torch.nn.functional.scaled_dot_product_attention(
                 q,
                 k,
@@ -136,7 +141,7 @@ def document_attention(
                 dropout_p=dropout,
                 is_causal=visible is None,
                 scale=scaling,
-                enable_gqa=query.shape[1] != key.shape[1],
+                enable_gqa=grouped,
             )
         outputs.append(out if group.rows_nL is None else out.transpose(0, 1).flatten(1, 2).unsqueeze(0))
     out = outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=2)

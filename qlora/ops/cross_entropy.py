@@ -81,7 +81,7 @@ class _CrossEntropySum(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         if ctx.grad_head is None:
             raise RuntimeError("the gradients of this loss were taken already, and are made only once")
-        grad_hidden = None if ctx.grad_hidden is None else ctx.grad_hidden.mul_(grads[0].to(ctx.grad_hidden.dtype))
+        grad_hidden = None if ctx.grad_hidden is None else ctx.grad_hidden.mul_(grads[0])
         grad_head: list[Tensor | None] = [
             (total * grads[0]).to(dtype) for total, dtype in zip(ctx.grad_head, ctx.head_dtypes, strict=False)
         ]

@@ -15,6 +15,8 @@ from qlora.quant import shards
 from qlora.quant.pickled import PICKLES
 
 BUILTIN = "builtin:tiny"
+# Second copies of the weights, in layouts that are not read.
+NOT_NEEDED = ["consolidated*", "original/*"]
 FILES_NEEDED = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]
 
 
@@ -79,7 +81,7 @@ def _fetch(base: str, revision: str | None, allow_pickle: bool) -> tuple[Path, s
 
     patterns = FILES_NEEDED + (["*.bin"] if allow_pickle else [])
     try:
-        folder = Path(snapshot_download(base, revision=revision, allow_patterns=patterns))
+        folder = Path(snapshot_download(base, revision=revision, allow_patterns=patterns, ignore_patterns=NOT_NEEDED))
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
         raise BaseModelError(
             "neither a folder here nor to be had from the hub",

@@ -47,6 +47,8 @@ def build_model(config: JobConfig, runtime: Runtime) -> tuple[Any, TrainModel, L
         attention="auto" if config.model.attention in ("auto", "documents") else config.model.attention,
         allow_pickle=config.model.allow_pickle,
     )
+    if config.data.chat_template is not None:
+        model.qlora_chat_template = Path(config.data.chat_template).read_text(encoding="utf-8")
     report = inject_lora(model, config.lora, seed=config.train.seed)
     recompute = config.train.gradient_checkpointing
     if recompute is True or (recompute == "auto" and runtime.device.type == "cuda"):

@@ -11,6 +11,7 @@ import time
 from pathlib import Path
 from typing import Any, BinaryIO
 
+from qlora.config.schema import JobConfig
 from qlora.errors import CheckpointError, ConfigError
 from qlora.files import write_file
 
@@ -111,6 +112,15 @@ class RunDir:
     def close(self) -> None:
         """Give the folder up."""
         self._lock.close()
+
+
+def start_trackers(accelerator: Any, config: JobConfig) -> None:
+    """Start the job's trackers. One that fails warns, and the run goes on without any. Main rank only."""
+    try:
+        accelerator.init_trackers("qlora", config=config.model_dump(mode="json"))
+    except Exception as error:  # a tracker's own errors have no common type
+        accelerator.trackers = []
+        print(f"warning: a tracker cannot start ({type(error).__name__}: {error})", file=sys.stderr, flush=True)
 
 
 class MetricsWriter:

@@ -38,7 +38,7 @@ from qlora.train.hooks import CheckpointHook, EvaluateHook, Hook, MetricsHook, P
 from qlora.train.loop import Job, train
 from qlora.train.model_card import model_card
 from qlora.train.preempt import StopFlag
-from qlora.train.run_dir import MetricsWriter, RunDir
+from qlora.train.run_dir import MetricsWriter, RunDir, start_trackers
 from qlora.train.step import Counters, StepResult
 
 
@@ -143,6 +143,14 @@ def _train(
         mode=runtime.mode,
         versions=state.stack_versions(),
     )
+    runtime.refuse_differences(
+        {
+            "base": str(identity.base.get("fingerprint")),
+            "data": identity.data,
+            "packing plan": identity.plan,
+            "job": dump_config(config),
+        }
+    )
     # Before the base is read, which may take minutes.
     found = runtime.from_main(lambda: _find_checkpoint(config, folder, identity, force))
     model, train_model, report = build_model(config, runtime)
@@ -189,11 +197,15 @@ def _train(
     )
     stop.listen()
     outcome = train(job)
+    if runtime.is_main and config.logging.trackers:
+        runtime.accelerator.end_training()
     if outcome == "done":
         _write_adapter(runtime, model, folder / "adapter", model_card(config, identity, report, num_steps))
     if run_dir is not None:
         step = num_steps if outcome == "done" else state.step_of(state.committed(folder)[-1])
         code = EXIT_DONE if outcome == "done" else EXIT_STOPPED
+        if outcome == "stopped":
+            print(f"stopped on request after step {step}, saved; start the job again to go on", flush=True)
         run_dir.write_status(outcome, step, num_steps=num_steps, exit_code=code, resumable=outcome == "stopped")
     # A launcher that sees one rank end with another code than 0 ends the others at once: none may leave before the
     # main rank has written everything.
@@ -247,13 +259,15 @@ def _hooks(
     every = config.logging.log_every_steps
     if run_dir is not None:
         if config.logging.trackers:
-            runtime.accelerator.init_trackers("qlora")
+            start_trackers(runtime.accelerator, config)
         writer = MetricsWriter(run_dir.path / "metrics.jsonl", runtime.accelerator)
         hooks += [
             ProgressHook(every, lambda: peak_memory_bytes(runtime.device)),
             MetricsHook(writer, every, lambda: peak_memory_bytes(runtime.device)),
             StatusHook(lambda step: run_dir.write_status("running", step, num_steps=num_steps)),
         ]
+    # Before the evaluation, which may be long: a step that was trained is not lost to it.
+    hooks.append(CheckpointHook(config.checkpoint.every_steps, save))
     if data.eval_rows is not None:
         loader = EvalLoader(
             data.eval_rows,
@@ -266,7 +280,6 @@ def _hooks(
         hooks.append(
             EvaluateHook(config.eval.every_steps, lambda: evaluate(engine.model, loader, runtime.device, runtime), writer)
         )
-    hooks.append(CheckpointHook(config.checkpoint.every_steps, save))
     return hooks
 
 
@@ -285,8 +298,19 @@ def _announce(
     print(f"processes {runtime.world_size}, {runtime.mode}, on {runtime.device.type}")
     tokens = int(rows.lengths.sum())
     print(f"data      {len(rows)} rows, {tokens:,} tokens, {rows.num_target_tokens:,} of them targets, {num_packs} packs")
+    for count, what in (
+        (rows.statistics.num_without_target, "rows left out, with nothing to learn in them"),
+        (rows.statistics.num_truncated, f"rows cut to {config.data.max_length} tokens"),
+        (rows.statistics.num_split, f"rows split at {config.data.max_length} tokens"),
+        (rows.statistics.num_dropped, f"rows left out, over {config.data.max_length} tokens"),
+        (rows.statistics.num_unstable, "rows with turns that only serve as context (the template shows them otherwise)"),
+    ):
+        if count:
+            print(f"          {count} {what}")
     print(f"training  {num_steps} steps of {split_of(config, runtime).global_batch_size} packs")
     print(report)
     if found is not None:
         print(f"resuming  {found.folder} after step {found.trainer.step}")
+        if found.trainer.step >= num_steps:
+            print("          the run is complete: nothing is left to train")
     sys.stdout.flush()
