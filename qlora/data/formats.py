@@ -197,6 +197,9 @@ def _message(message: Any, name: str, place: str) -> dict[str, Any]:
             raise DataError(f"`{name}` is from an unknown speaker", place=place, found=message["from"], wanted=wanted)
         message = {"role": role, "content": message.get("value")}
     _check_message(message, f"`{name}`", place)
+    if isinstance(message.get("content"), list):
+        # Most templates of text models print what they get: a list would be learned as Python writes it.
+        message = {**message, "content": "".join(part["text"] for part in message["content"])}
     return message
 
 

@@ -141,3 +141,11 @@ def test_a_named_format_is_held(row: dict[str, Any], data_format: str, reason: s
 def test_a_message_may_call_tools_instead_of_saying_something() -> None:
     message = {"role": "assistant", "tool_calls": [{"function": {"name": "f", "arguments": {}}}]}
     assert _read({"messages": [_TURNS[0], message]})[0].messages[1] == message
+
+
+def test_text_parts_are_one_text() -> None:
+    parts = [{"type": "text", "text": "hel"}, {"type": "text", "text": "lo"}]
+    record = Record({"messages": [{"role": "user", "content": parts}, {"role": "assistant", "content": "hi"}]}, "rows:1")
+    (document,) = read_documents([record], "messages", has_chat_template=True)
+    assert isinstance(document, Conversation)
+    assert [message["content"] for message in document.messages] == ["hello", "hi"]
