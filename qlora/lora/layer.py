@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import hashlib
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
@@ -26,7 +27,7 @@ from qlora.ops.lora_linear import lora_linear
 from qlora.quant.linear import Linear4bit
 
 
-class LoraLayer(nn.Module):
+class LoraLayer(nn.Module, ABC):
     """What every layer with named low-rank updates shares; select by this type.
 
     Attributes:
@@ -90,11 +91,13 @@ class LoraLayer(nn.Module):
     def _device(self) -> torch.device:
         return next(self.base_layer.parameters()).device
 
+    @abstractmethod
     def merge(self) -> None:
-        raise NotImplementedError
+        """Add the active update to a copy of the weight and use that from now on. Raises AdapterError."""
 
+    @abstractmethod
     def unmerge(self) -> None:
-        raise NotImplementedError
+        """Go back to the weight and the update beside it. Raises AdapterError where nothing is merged."""
 
 
 class LoraLinear(LoraLayer):
