@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from qlora.adapter import config_file
 from qlora.adapter.keys import AdapterKey, parse_key
-from qlora.distributed.collectives import is_partitioned, whole_parameters
+from qlora.distributed.collectives import is_partitioned, set_whole, whole_parameters, whole_shape
 from qlora.errors import AdapterError, BaseModelError
 from qlora.files import write_file
 from qlora.lora.inject import (
@@ -211,7 +211,9 @@ def open_adapter(folder: str | Path) -> AdapterFile:
 def load_adapter(
     model: nn.Module, folder: str | Path, name: str = "default", *, replace: bool = False, other_base: bool = False
 ) -> AdapterFile:
-    """Put an adapter from files into a model and make it active. Rank-local. A load that fails changes nothing.
+    """Put an adapter from files into a model and make it active. A load that fails changes nothing.
+
+    Rank-local; where the base is kept in shares every rank calls it.
 
     Args:
         model: with or without LoRA layers; they are put where the adapter's tensors say.
@@ -246,13 +248,13 @@ def load_adapter(
     for path in found.targeted:
         layer = wrap(model, path)
         layer.add_adapter(name, config, path, seed=0)
-        _copy(layer.lora_A[name], tensors[AdapterKey(path, "lora_A")])
-        _copy(layer.lora_B[name], tensors[AdapterKey(path, "lora_B")])
+        set_whole(layer.lora_A[name], tensors[AdapterKey(path, "lora_A")])
+        set_whole(layer.lora_B[name], tensors[AdapterKey(path, "lora_B")])
     trained = found.trained
     activate(model, name, trained)
     for key, value in tensors.items():
         if key.path in trained:
-            _copy(model.get_submodule(key.path).get_parameter(key.part), value)
+            set_whole(model.get_submodule(key.path).get_parameter(key.part), value)
     adapters[name] = AdapterRecord(config, tuple(found.targeted), tuple(trained))
     return found
 
@@ -282,11 +284,6 @@ def _forget(model: nn.Module, name: str) -> None:
     del model.__dict__["qlora_adapters"][name]
 
 
-def _copy(parameter: nn.Parameter, value: Tensor) -> None:
-    with torch.no_grad():
-        parameter.copy_(value)
-
-
 def _check_fit(model: nn.Module, found: AdapterFile, other_base: bool) -> None:
     """Everything that could fail later, before anything is changed."""
     place = str(found.folder / WEIGHTS_NAME)
@@ -314,14 +311,16 @@ def _check_fit(model: nn.Module, found: AdapterFile, other_base: bool) -> None:
             wrong.append(f"{key.path}: {type(module).__name__} cannot carry {key.part}")
         elif wanted != entry.shape:
             wrong.append(f"{key.in_file()} has shape {entry.shape}, this base needs {wanted}")
-        elif key.part == "base" and not torch.equal(module.weight.data.cpu(), entry.read_whole().to(module.weight.dtype)):
+        elif key.part == "base" and not torch.equal(
+            whole_parameters({"": module.weight})[""], entry.read_whole().to(module.weight.dtype)
+        ):
             wrong.append(f"{key.path}: the base weight beside the adapter is not this base's")
     wrong += _untied(model, found)
     if wrong:
         shown = "\n         ".join(wrong[:5])
         raise AdapterError(f"{len(wrong)} tensors do not fit the model", place=place, found=shown)
-    if any(is_partitioned(p) for _, layer in lora_layers(model) for p in layer.parameters()):
-        raise AdapterError("adapters are loaded before the model is sharded", place=place)
+    if any(is_partitioned(p) for _, layer in lora_layers(model) for p in layer.lora_A.values()):
+        raise AdapterError("adapters are loaded before the model is prepared", place=place)
 
 
 def _untied(model: nn.Module, found: AdapterFile) -> list[str]:
@@ -351,6 +350,6 @@ def _wanted_shape(module: Any, key: AdapterKey, r: int) -> tuple[int, ...] | Non
         return tuple(int(n) for n in features)
     if key.part == "base":
         weight = getattr(module, "weight", None)
-        return tuple(weight.shape) if isinstance(weight, Tensor) else None
+        return whole_shape(weight) if isinstance(weight, nn.Parameter) else None
     parameter = dict(module.named_parameters(recurse=False)).get(key.part)
-    return None if parameter is None or not parameter.is_floating_point() else tuple(parameter.shape)
+    return None if parameter is None or not parameter.is_floating_point() else whole_shape(parameter)

@@ -21,13 +21,14 @@ from torch import Tensor
 from qlora.adapter.files import TEMPLATE_NAME, AdapterFile, open_adapter
 from qlora.adapter.keys import AdapterKey
 from qlora.config.schema import QuantizationConfig
+from qlora.distributed.sharding import Sharding
 from qlora.errors import AdapterError
 from qlora.files import sync_folder
 from qlora.ops import nf4
 from qlora.quant import shards
 from qlora.quant.linear import Linear4bit
-from qlora.quant.load import Skeleton, read_skeleton
 from qlora.quant.shards import TensorEntry
+from qlora.quant.skeleton import Prequantized, Skeleton, read_skeleton
 from qlora.quant.source import BaseSource, resolve_base
 from qlora.quant.write import Planned, write_model
 
@@ -107,12 +108,10 @@ def _plan(skeleton: Skeleton, found: AdapterFile, onto: str, dtype: torch.dtype)
         for entry in filling.entries:
             if low_rank or replaced is not None:
                 unused.discard(path)
-            make = _maker(module if is_weight else None, entry, replaced, found, path if low_rank else None, scaling, onto)
-            floating = entry.dtype.is_floating_point or (isinstance(module, Linear4bit) and is_weight)
-            shape = entry.shape
-            if isinstance(module, Linear4bit) and is_weight and not entry.dtype.is_floating_point:
-                shape = (module.out_features, module.in_features)
-            target = dtype if floating else entry.dtype
+            low_rank_path = path if low_rank else None
+            make = _maker(module if is_weight else None, entry, filling.came, replaced, found, low_rank_path, scaling, onto)
+            shape = entry.shape if filling.came is None else filling.came.state.shape
+            target = dtype if filling.came is not None or entry.dtype.is_floating_point else entry.dtype
             yield Planned(entry.name, shape, target, _cast(make, target))
     unused -= _stored_with_their_twin(skeleton, found, unused)
     if unused:
@@ -147,6 +146,7 @@ def _cast(make: Callable[[], Tensor], dtype: torch.dtype) -> Callable[[], Tensor
 def _maker(
     module: Any,
     entry: TensorEntry,
+    came: Prequantized | None,
     replaced: TensorEntry | None,
     found: AdapterFile,
     low_rank_path: str | None,
@@ -160,8 +160,9 @@ def _maker(
             return replaced.read_whole()
         quantized = isinstance(module, Linear4bit)
         transposed = quantized and module.transposed_in_files
-        if quantized and not module.weight.is_meta:  # came in 4 bits
-            weight = module.dequantize(torch.float32)
+        if came is not None:
+            packed, statistics = came.read(Sharding(), torch.device("cpu"))
+            weight = nf4.dequantize(packed, statistics, came.state.spec, came.state.shape, torch.float32)
         else:
             weight = entry.read_whole()
             weight = weight.T.contiguous() if transposed else weight

@@ -7,7 +7,6 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
 from pydantic import ValidationError
 from torch import Tensor, nn
 
@@ -16,6 +15,7 @@ from qlora.checkpoint import state
 from qlora.checkpoint.state import Identity, TrainerState
 from qlora.config.rules import changed_keys
 from qlora.config.schema import JobConfig
+from qlora.distributed.collectives import set_whole, whole_shape
 from qlora.distributed.runtime import Engine
 from qlora.errors import CheckpointError
 from qlora.quant import shards
@@ -143,10 +143,9 @@ def load_parameters(found: Found, model: nn.Module) -> None:
     """
     own = adapter_parameters(model)
     entries = {key.in_file(): entry for key, entry in open_adapter(found.folder).entries.items()}
-    _check_names(found, "adapter", {key: tuple(p.shape) for key, p in own.items()}, entries)
+    _check_names(found, "adapter", {key: whole_shape(p) for key, p in own.items()}, entries)
     for key, parameter in own.items():
-        with torch.no_grad():
-            parameter.copy_(entries[key].read_whole())
+        set_whole(parameter, entries[key].read_whole())
 
 
 def load_optimizer(found: Found, model: nn.Module, engine: Engine) -> None:

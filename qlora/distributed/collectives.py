@@ -18,6 +18,27 @@ def whole_shape(parameter: nn.Parameter) -> tuple[int, ...]:
     return tuple(getattr(parameter, "ds_shape", parameter.shape))
 
 
+def set_whole(parameter: nn.Parameter, value: Tensor) -> None:
+    """Give a parameter its value (whole shape), of which a rank that keeps a run takes its run. Rank-local."""
+    with torch.no_grad():
+        if not is_partitioned(parameter):
+            parameter.copy_(value)
+            return
+        share: Tensor = parameter.ds_tensor  # type: ignore[attr-defined]
+        flat = value.reshape(-1)
+        start = min(torch.distributed.get_rank() * share.numel(), flat.numel())
+        own = flat[start : start + share.numel()]
+        share[: own.numel()].copy_(own)
+
+
+def widen(parameter: nn.Parameter) -> None:
+    """Make a parameter fp32, whole or cut. Rank-local."""
+    parameter.data = parameter.data.float()
+    if is_partitioned(parameter):
+        share: Tensor = parameter.ds_tensor  # type: ignore[attr-defined]
+        share.data = share.data.float()
+
+
 def whole_parameters(parameters: dict[str, nn.Parameter], *, keep: bool = True) -> dict[str, Tensor]:
     """Copies on the CPU of parameters as wholes, by the same keys. Collective under ZeRO-3, rank-local otherwise.
 

@@ -18,6 +18,7 @@ from accelerate import Accelerator
 from accelerate.utils import InitProcessGroupKwargs
 from torch import Tensor, nn
 
+from qlora.distributed.sharding import Sharding
 from qlora.errors import LaunchError, QloraError
 
 T = TypeVar("T")
@@ -126,6 +127,39 @@ class Runtime:
         if error is not None:
             raise error
         return value
+
+    def together(self, work: Callable[[], T]) -> T:
+        """Do rank-local work on every rank and wait for all. Collective; the work may hold no collective.
+
+        Raises:
+            QloraError: raised on any rank it is raised on every rank; the lowest rank's, where several raise.
+            RuntimeError: on the others, where a rank raised anything else.
+        """
+        value: Any = None
+        error: Exception | None = None
+        try:
+            value = work()
+        except Exception as raised:
+            error = raised
+        if self.max(torch.tensor([float(error is not None)], device=self.device)).item() == 0:
+            return value
+        # Other exceptions may not survive the way to other processes.
+        told: list[Any] = [error if error is None or isinstance(error, QloraError) else f"{type(error).__name__}: {error}"]
+        if self.world_size > 1:
+            own, told = told[0], [None] * self.world_size
+            torch.distributed.all_gather_object(told, own)
+        if error is not None and not isinstance(error, QloraError):
+            raise error
+        rank, first = next((rank, other) for rank, other in enumerate(told) if other is not None)
+        raise first if isinstance(first, QloraError) else RuntimeError(f"rank {rank} failed: {first}")
+
+    def sharding(self) -> Sharding:
+        """How a base is loaded under this launch. Rank-local."""
+        if self.mode != "zero3":
+            return Sharding(together=self.together)
+        from qlora.distributed import zero
+
+        return zero.ZeroSharding(self.rank, self.world_size, self.together, self.accelerator.state.deepspeed_plugin)
 
     def refuse_differences(self, facts: dict[str, str]) -> None:
         """Make sure that all ranks hold the same. Collective.

@@ -19,7 +19,22 @@ from deepspeed.utils import safe_get_full_optimizer_state, set_z3_leaf_modules
 from torch import Tensor, nn
 
 from qlora.distributed.collectives import is_partitioned
+from qlora.distributed.saved import without_gathered_weights
+from qlora.distributed.sharding import Sharding, Together
 from qlora.errors import LaunchError
+
+# What a DeepSpeed JSON leaves open at stage 3. Sizes are in elements; a packed 4-bit element is a byte of two weights.
+STAGE3 = {
+    # Gathers run ahead of the computation until so much is on its way.
+    "stage3_prefetch_bucket_size": 50_000_000,
+    # Nothing that was gathered is kept because it will be needed again soon. DeepSpeed's own 1e9 would hold a gigabyte of
+    # packed weights from forward to backward.
+    "stage3_max_reuse_distance": 0,
+    # LoRA's A and B up to a width of 62,500 at r = 16, and norms and biases, stay whole on every rank.
+    "stage3_param_persistence_threshold": 1_000_000,
+    # It would replace torch's linear function for the whole process, to do what `distributed.saved` does.
+    "memory_efficient_linear": False,
+}
 
 
 def prepare_environment() -> None:
@@ -48,6 +63,7 @@ def fill_config(
         LaunchError: the JSON states a number that contradicts the job file, or turns on a dtype mode.
     """
     config = plugin.deepspeed_config
+    zero = config["zero_optimization"]
     for mode in ("bf16", "fp16"):
         if config.get(mode, {}).get("enabled"):
             raise LaunchError(
@@ -75,7 +91,9 @@ def fill_config(
     # Accelerate tells transformers of ZeRO-3 through this object, and transformers then builds every model by its own
     # zero.Init, weights included (transformers 5.23). Loading is ours.
     plugin.dschf = None
-    return int(config["zero_optimization"]["stage"])
+    if zero["stage"] == 3:
+        zero |= {key: value for key, value in STAGE3.items() if zero.get(key, "auto") == "auto"}
+    return int(zero["stage"])
 
 
 def mark_leaves(model: nn.Module, classes: Sequence[type]) -> None:
@@ -103,6 +121,33 @@ def gathered(parameters: Iterable[nn.Parameter]) -> AbstractContextManager[Any]:
     return deepspeed.zero.GatheredParameters(partitioned) if partitioned else nullcontext()
 
 
+class ZeroSharding(Sharding):
+    """ZeRO-3's cut: each rank keeps a run of every parameter, on the device that the configuration says."""
+
+    def __init__(self, rank: int, world_size: int, together: Together, plugin: Any) -> None:
+        super().__init__(rank, world_size, together)
+        stated = plugin.deepspeed_config
+        needed = ("zero_optimization", "train_batch_size", "train_micro_batch_size_per_gpu", "aio")
+        self._offload: str = stated["zero_optimization"].get("offload_param", {}).get("device", "none")
+        # Without a module, which would replace torch's linear function for the whole process.
+        self._init = deepspeed.zero.Init(
+            config_dict_or_path={key: stated[key] for key in needed if key in stated},
+            remote_device=None if self._offload == "none" else self._offload,
+        )
+
+    def exchange(self, own: Tensor) -> Tensor:
+        gathered = torch.empty(self.world_size * own.numel(), dtype=own.dtype, device=own.device)
+        torch.distributed.all_gather_into_tensor(gathered, own)
+        return gathered
+
+    def keep(self, parameter: nn.Parameter) -> None:
+        self._init._convert_to_deepspeed_param(parameter)
+        parameter.partition()  # type: ignore[attr-defined]
+
+    def home(self, device: torch.device) -> torch.device | None:
+        return {"none": device, "cpu": torch.device("cpu")}.get(self._offload)
+
+
 class ZeroEngine:
     """A DeepSpeed engine of stage 1, 2 or 3. Implements `runtime.Engine`."""
 
@@ -110,11 +155,15 @@ class ZeroEngine:
 
     def __init__(self, model: Any, parameters: dict[str, nn.Parameter]) -> None:
         self.model, self.parameters = model, parameters
+        self._is_sharded = any(is_partitioned(p) for p in model.module.parameters())
+        if self._is_sharded:
+            _keep_resident(model.optimizer)
 
     @contextmanager
     def micro_step(self, *, last: bool) -> Iterator[None]:
         self.model.set_gradient_accumulation_boundary(last)
-        yield
+        with without_gathered_weights(lambda p: gathered([p])) if self._is_sharded else nullcontext():
+            yield
 
     def backward(self, loss: Tensor) -> None:
         # The loss is already divided by the step's global token count: dividing by the accumulation count as well
@@ -166,6 +215,20 @@ class ZeroEngine:
         link = getattr(zero, "_lazy_init_hp_params_optimizer_state", None)
         if link is not None:
             link()
+
+
+def _keep_resident(optimizer: Any) -> None:
+    """Of the parameters that DeepSpeed would keep whole because they are small, keep those that do not grow with the base.
+
+    What trains stays, and norms and biases, whose gathers would cost more than they weigh. The scales of 4-bit weights do
+    not: they are a 64th of the base.
+    """
+    offload = getattr(optimizer, "parameter_offload", optimizer)
+    small: list[Any] = offload.persistent_parameters
+    for parameter in small:
+        is_vector = len(parameter.ds_shape) == 1 and parameter.is_floating_point()
+        parameter.ds_persist = parameter.requires_grad or is_vector
+    offload.persistent_parameters = optimizer.persistent_parameters = [p for p in small if p.ds_persist]
 
 
 def _set_share(parameter: nn.Parameter, key: str, whole: Tensor) -> None:

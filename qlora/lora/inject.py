@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from qlora.config.schema import LoraConfig
+from qlora.distributed.collectives import widen
 from qlora.errors import AdapterError, ConfigError
 from qlora.lora.layer import LoraLayer, LoraLinear, lora_layers, refuse_merged
 from qlora.lora.target import ALL_LINEAR, Candidate, Selection, select, summarize
@@ -220,7 +221,7 @@ def train_wholly(model: nn.Module, paths: Iterable[str]) -> None:
             _keep_output_dtype(module, narrow)
     for parameter in wanted.values():
         if parameter.dtype in (torch.bfloat16, torch.float16):
-            parameter.data = parameter.data.float()
+            widen(parameter)
         parameter.requires_grad_(True)
 
 

@@ -3,11 +3,13 @@ stay apart.
 
 Architectures differ in what lies between the last hidden state and the logits, and in what besides attention carries
 one token to the next (convolutions, recurrent states, masks of their own). A list of names would be behind the next
-release, so a dozen tokens are run through the model itself when it is wrapped for training.
+release, so a dozen tokens are run through the model itself before its first batch. Where ranks keep shares of the
+model, all of them do so together, inside the prepared module, whose hooks gather what is needed.
 """
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -17,20 +19,15 @@ import torch
 from torch import Tensor, nn
 
 from qlora.data.batch import Batch, collate_packed
-from qlora.distributed.collectives import is_partitioned
+from qlora.distributed.collectives import whole_shape
 
 DOCUMENT_TOKENS = (6, 5)
 # Logits may come in bfloat16, which rounds to 0.4%; a factor that was overlooked or a layer in between makes far more.
 LOGIT_TOLERANCE = 0.02
 
 
-def can_run(model: nn.Module) -> bool:
-    """Whether all weights are here and whole."""
-    return not any(p.is_meta or is_partitioned(p) for p in model.parameters())
-
-
 def reproduces_logits(model: Any, decoder: nn.Module, head: Callable[[Tensor], Tensor]) -> bool:
-    """Whether the head, applied to the decoder's last hidden states, gives the model's own logits. Rank-local."""
+    """Whether the head, applied to the decoder's last hidden states, gives the model's own logits."""
     outputs: list[Any] = []
     handle = decoder.register_forward_hook(lambda _module, _args, output: outputs.append(output))
     try:
@@ -46,7 +43,7 @@ def reproduces_logits(model: Any, decoder: nn.Module, head: Callable[[Tensor], T
 
 
 def documents_stay_apart(model: Any, hidden_states: Callable[[Batch], Tensor]) -> bool:
-    """Whether no token of a packed row's second document depends on the first. Rank-local.
+    """Whether no token of a packed row's second document depends on the first.
 
     It is read off the gradient with respect to the first document's embeddings, which is exactly zero where there is no
     path at all, whatever the arithmetic's precision; a direction of length one keeps it within float16.
@@ -63,7 +60,7 @@ def documents_stay_apart(model: Any, hidden_states: Callable[[Batch], Tensor]) -
 
     handle = model.get_input_embeddings().register_forward_hook(keep)
     try:
-        with _in_eval_mode(model), torch.enable_grad():
+        with _in_eval_mode(model), _without_backward_hooks(model), torch.enable_grad():
             second = hidden_states(_some_tokens(model))[:, first:].float()
             # Weighted, because the plain sum over a normalised vector does not depend on what is in it.
             weights = torch.randn(second.shape, generator=torch.Generator().manual_seed(0)).to(second.device)
@@ -75,10 +72,23 @@ def documents_stay_apart(model: Any, hidden_states: Callable[[Batch], Tensor]) -
 
 def _some_tokens(model: Any) -> Batch:
     """Two packed documents. Their tokens are from the lower middle of the vocabulary, away from special ones."""
-    num_ids = model.get_input_embeddings().weight.shape[0]
+    num_ids = whole_shape(model.get_input_embeddings().weight)[0]
     ids = np.random.default_rng(0).integers(num_ids // 4, num_ids // 2 + 1, sum(DOCUMENT_TOKENS))
     rows = np.split(ids, [DOCUMENT_TOKENS[0]])
     return collate_packed([(row, np.ones(len(row), dtype=np.uint8)) for row in rows]).to(model.device)
+
+
+@contextmanager
+def _without_backward_hooks(model: nn.Module) -> Iterator[None]:
+    """Leave out what waits for a module's backward pass to do something with its gradients, as DeepSpeed does."""
+    before = {module: module._backward_hooks for module in model.modules() if module._backward_hooks}
+    for module in before:
+        module._backward_hooks = OrderedDict()
+    try:
+        yield
+    finally:
+        for module, hooks in before.items():
+            module._backward_hooks = hooks
 
 
 @contextmanager

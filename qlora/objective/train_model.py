@@ -28,8 +28,21 @@ class LossHead(nn.Module):
         super().__init__()
         self.head, self.logit_factor, self.soft_cap = head, logit_factor, soft_cap
 
-    def forward(self, hidden_ND: Tensor, targets_N: Tensor) -> Tensor:
-        """Sum of the cross entropy, fp32 scalar, of hidden states (N, D) against token ids (N,)."""
+    def agrees_with(self, model: Any) -> bool:
+        """Whether this head gives the model's own logits; inverts the factor where that does it.
+
+        Some architectures multiply by what others of the same name divide by.
+        """
+        for _ in range(2):
+            if probe.reproduces_logits(model, model.get_decoder(), lambda hidden: self(hidden, None)):
+                return True
+            self.logit_factor = 1.0 / self.logit_factor
+        return False
+
+    def forward(self, hidden_ND: Tensor, targets_N: Tensor | None) -> Tensor:
+        """Sum of the cross entropy, fp32 scalar, of hidden states (N, D) against token ids (N,); without these, logits."""
+        if targets_N is None:
+            return self.logits(hidden_ND)
         trainable = [p for p in self.head.parameters() if p.requires_grad]
         return cross_entropy_sum(hidden_ND, targets_N, self.logits, trainable)
 
@@ -59,17 +72,32 @@ class TrainModel(nn.Module):
         self.model = model
         self.loss_head = build_loss_head(model)
         self.packing_refused: ConfigError | None = None
-        for name in attentions_to_try(model, attention_name):
-            self.attention_name = name
-            _set_attention(model, name)
+        self._attentions = attentions_to_try(model, attention_name)
+        self._set_attention(self._attentions[0])
+        self._is_settled = False
+
+    def settle(self) -> None:
+        """Find out, by running a dozen tokens, how this model makes logits and whether packed documents stay apart.
+
+        The first forward pass does so by itself. Collective where ranks keep shares of the model.
+        """
+        if self._is_settled or any(p.is_meta for p in self.model.parameters()):
+            return
+        self._is_settled = True
+        if self.loss_head is not None and not self.loss_head.agrees_with(self.model):
+            self.loss_head = None
+        for name in self._attentions:
+            self._set_attention(name)
             self.packing_refused = self._why_not_packed()
             if self.packing_refused is None:
                 break
 
+    def _set_attention(self, name: str) -> None:
+        self.attention_name = name
+        _set_attention(self.model, name)
+
     def _why_not_packed(self) -> ConfigError | None:
         """The reason why this model, with the attention it has now, may not be given packed rows, or None."""
-        if not probe.can_run(self.model):
-            return None
         try:
             if probe.documents_stay_apart(self.model, self._hidden_states):
                 return None
@@ -88,6 +116,7 @@ class TrainModel(nn.Module):
         Raises:
             ConfigError: the batch is packed, and this model would let its documents see each other.
         """
+        self.settle()
         if self.packing_refused is not None and batch.document_lengths is not None:
             raise self.packing_refused
         hidden_BTD = self._hidden_states(batch)
@@ -154,7 +183,7 @@ def _set_attention(model: Any, name: str) -> None:
 
 
 def build_loss_head(model: Any) -> LossHead | None:
-    """The model's output head with its scale and soft cap, or None where it is not known how logits are made."""
+    """The model's output head with the scale and soft cap its config states, or None where it has no such head."""
     head = model.get_output_embeddings()
     decoder = model.get_decoder() if hasattr(model, "get_decoder") else None
     if head is None or decoder is None or decoder is model or not isinstance(head, (nn.Linear, LoraLayer)):
@@ -164,9 +193,4 @@ def build_loss_head(model: Any) -> LossHead | None:
     for key in ("logit_scale", "lm_head_multiplier", "output_multiplier"):
         factor *= float(getattr(config, key, None) or 1.0)
     factor /= float(getattr(config, "logits_scaling", None) or 1.0)
-    # Some architectures multiply by what others of the same name divide by.
-    for chosen in (factor, 1.0 / factor):
-        loss_head = LossHead(head, chosen, getattr(config, "final_logit_softcapping", None))
-        if not probe.can_run(model) or probe.reproduces_logits(model, decoder, loss_head.logits):
-            return loss_head
-    return None
+    return LossHead(head, factor, getattr(config, "final_logit_softcapping", None))

@@ -20,9 +20,9 @@ import json
 import logging
 import math
 import threading
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol, TypeVar
 
 import torch
 from torch import Tensor
@@ -271,6 +271,29 @@ def to_bitsandbytes(statistics: Tensor, spec: QuantSpec, shape: tuple[int, ...],
     return tensors
 
 
+class Stored(Protocol):
+    """A tensor, or where one lies in a file."""
+
+    @property
+    def dtype(self) -> torch.dtype: ...
+    @property
+    def shape(self) -> tuple[int, ...]: ...
+
+
+@dataclass(frozen=True)
+class StoredState:
+    """What bitsandbytes wrote of one weight besides its bytes and scales.
+
+    Attributes:
+        shape: of the weight.
+        mean: that was taken off the scales before they were quantized; 0 without double quantization.
+    """
+
+    spec: QuantSpec
+    shape: tuple[int, ...]
+    mean: float
+
+
 def from_bitsandbytes(
     packed: Tensor, entries: Mapping[str, Tensor], place: str
 ) -> tuple[Tensor, Tensor, QuantSpec, tuple[int, ...]]:
@@ -280,60 +303,80 @@ def from_bitsandbytes(
         packed, statistics, spec, shape of the weight.
 
     Raises:
+        BaseModelError: see `read_state`.
+    """
+    state = read_state(packed, entries, entries.__getitem__, place)
+    parts = [part.to(packed.device).reshape(-1).view(torch.uint8) for part in statistics_parts(state, entries)]
+    return packed, torch.cat(parts) if len(parts) > 1 else parts[0], state.spec, state.shape
+
+
+E = TypeVar("E")
+
+
+def statistics_parts(state: StoredState, entries: Mapping[str, E]) -> list[Tensor | E]:
+    """What the statistics tensor is made of, in its order: all but the mean as they were stored."""
+    if not state.spec.double_quant:
+        return [entries[".absmax"]]
+    mean = torch.tensor([state.mean], dtype=torch.float32)
+    return [mean, entries[".nested_absmax"], entries[".absmax"]]
+
+
+def read_state(packed: Stored, entries: Mapping[str, Stored], read: Callable[[str], Tensor], place: str) -> StoredState:
+    """Read the state that bitsandbytes wrote beside a packed weight, and make sure that everything fits it.
+
+    Args:
+        entries: by suffix of the weight's key.
+        read: the tensor behind a suffix; asked for the small ones alone.
+
+    Raises:
         BaseModelError: an entry is missing or damaged, or a table is not the one of the format.
     """
     key = next((name for name in entries if name.startswith(".quant_state.bitsandbytes__")), None)
     if key is None or ".absmax" not in entries:
         raise BaseModelError("the 4-bit weight has no quantization state", place=place, found=sorted(entries))
     try:
-        return _from_entries(packed, entries, json.loads(bytes(entries[key].tolist())), place)
+        return _check_state(packed, entries, read, json.loads(bytes(read(key).tolist())), place)
     except (ValueError, KeyError, TypeError, AttributeError, OverflowError) as error:
         raise BaseModelError(f"damaged quantization state: {type(error).__name__}: {error}", place=place) from error
 
 
-def _from_entries(
-    packed: Tensor, entries: Mapping[str, Tensor], state: Mapping[str, Any], place: str
-) -> tuple[Tensor, Tensor, QuantSpec, tuple[int, ...]]:
+def _check_state(
+    packed: Stored, entries: Mapping[str, Stored], read: Callable[[str], Tensor], state: Mapping[str, Any], place: str
+) -> StoredState:
     spec = QuantSpec(state["quant_type"], int(state["blocksize"]), ".nested_absmax" in entries, packed.dtype)
     shape = tuple(int(size) for size in state["shape"])
     num_elements = math.prod(shape)
     if spec.quant_type not in ("nf4", "fp4") or spec.block_size < 1 or min(shape, default=0) < 1:
         raise BaseModelError("unknown kind of 4-bit weight", place=place, found=dict(state), wanted="nf4 or fp4")
-    if packed.numel() * packed.element_size() != (num_elements + 1) // 2:
+    num_bytes = math.prod(packed.shape) * packed.dtype.itemsize
+    if num_bytes != (num_elements + 1) // 2:
         raise BaseModelError(
             "the packed weight does not fit its shape",
             place=place,
-            found=f"{packed.numel() * packed.element_size()} bytes",
+            found=f"{num_bytes} bytes",
             wanted=f"{(num_elements + 1) // 2} bytes for {shape}",
         )
-    device = packed.device
-    tables = [(".quant_map", bitsandbytes.functional.get_4bit_type(spec.quant_type, device=device))]
+    tables = [(".quant_map", bitsandbytes.functional.get_4bit_type(spec.quant_type, device="cpu"))]
     parts = [(".absmax", spec.num_blocks(num_elements), torch.uint8 if spec.double_quant else torch.float32)]
     if spec.double_quant:
-        tables.append((".nested_quant_map", dynamic_code(device)))
+        tables.append((".nested_quant_map", dynamic_code(torch.device("cpu"))))
         parts.append((".nested_absmax", -(-parts[0][1] // NESTED_BLOCK_SIZE), torch.float32))
         if state["nested_blocksize"] != NESTED_BLOCK_SIZE:
             raise BaseModelError("unknown nested block size", place=place, found=state["nested_blocksize"], wanted=256)
     for suffix, table in tables:
-        found = entries.get(suffix)
-        same = found is None or (found.shape == table.shape and torch.allclose(found.to(table), table, atol=1e-6))
-        if not same:
+        found = read(suffix).to(table) if suffix in entries and math.prod(entries[suffix].shape) == len(table) else None
+        if suffix in entries and (found is None or not torch.allclose(found.reshape(-1), table, atol=1e-6)):
             raise BaseModelError(f"the table {suffix[1:]} is not the one of {spec.quant_type}", place=place)
     for suffix, size, dtype in parts:
-        found = entries[suffix]
-        if found.numel() != size or found.dtype != dtype:
+        stored = entries[suffix]
+        if math.prod(stored.shape) != size or stored.dtype != dtype:
             raise BaseModelError(
                 "the 4-bit weight's scales do not fit its shape",
                 place=place,
-                found=f"{suffix[1:]}: {found.numel()} x {found.dtype}",
+                found=f"{suffix[1:]}: {math.prod(stored.shape)} x {stored.dtype}",
                 wanted=f"{size} x {dtype} for {shape}",
             )
-    absmax = entries[".absmax"].to(device).reshape(-1)
-    if not spec.double_quant:
-        return packed, absmax.view(torch.uint8), spec, shape
-    mean = torch.tensor([float(state["nested_offset"])], dtype=torch.float32, device=device)
-    nested = entries[".nested_absmax"].to(device).reshape(-1)
-    return packed, torch.cat([mean.view(torch.uint8), nested.view(torch.uint8), absmax]), spec, shape
+    return StoredState(spec, shape, float(state["nested_offset"]) if spec.double_quant else 0.0)
 
 
 def from_linear4bit(linear: Any, place: str) -> tuple[Tensor, Tensor, QuantSpec, tuple[int, ...]]:

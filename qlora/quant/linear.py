@@ -28,6 +28,7 @@ class Linear4bit(nn.Linear):
         weight_dtype: dtype W had before it was quantized.
     """
 
+    weight: nn.Parameter
     statistics: nn.Parameter
     transposed_in_files = False  # transformers' Conv1D keeps its weight as (in, out)
 

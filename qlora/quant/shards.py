@@ -61,22 +61,29 @@ class TensorEntry:
         """Elements [start, stop) of the flattened tensor, as a flat tensor on the CPU. Reads no other byte.
 
         Raises:
-            BaseModelError: the file ends early.
+            BaseModelError: the file ends early, or cannot be read.
         """
         stop = self.num_elements if stop is None else stop
         out = torch.empty(stop - start, dtype=self.dtype)
         if out.numel() == 0:
             return out
         view = memoryview(out.view(torch.uint8).numpy())  # type: ignore[arg-type]
-        with open(self.file, "rb", buffering=0) as file:
-            file.seek(self.offset + start * self.dtype.itemsize)
-            done = 0
-            while done < len(view):
-                count = file.readinto(view[done:])
-                if not count:
-                    raise BaseModelError(f"the file ends inside {self.name}", place=str(self.file))
-                done += count
+        try:
+            with open(self.file, "rb", buffering=0) as file:
+                file.seek(self.offset + start * self.dtype.itemsize)
+                done = 0
+                while done < len(view):
+                    count = file.readinto(view[done:])
+                    if not count:
+                        raise BaseModelError(f"the file ends inside {self.name}", place=str(self.file))
+                    done += count
+        except OSError as error:
+            raise BaseModelError(f"{self.name} cannot be read ({error.strerror})", place=str(self.file)) from error
         return out
+
+    def as_bytes(self) -> TensorEntry:
+        """The same bytes as a flat uint8 tensor."""
+        return TensorEntry(self.name, self.file, torch.uint8, (self.num_bytes,), self.offset)
 
     def read_whole(self) -> Tensor:
         """The tensor in its shape, on the CPU."""

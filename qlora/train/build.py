@@ -32,11 +32,11 @@ def check_device(config: JobConfig, runtime: Runtime) -> None:
         )
 
 
-def build_model(config: JobConfig, runtime: Runtime) -> tuple[Any, TrainModel, LoraReport]:
-    """The base with its LoRA layers, and the module that is to be prepared. Rank-local.
+def build_model(config: JobConfig, runtime: Runtime, *, force: bool = False) -> tuple[Any, TrainModel, LoraReport]:
+    """The base with its LoRA layers, and the module that is to be prepared. Collective.
 
-    Raises:
-        ConfigError: rows are to be packed, and this model would let their documents see each other.
+    Args:
+        force: load a base that the free memory does not seem to hold.
     """
     model, _ = load_base(
         config.model.base,
@@ -46,6 +46,8 @@ def build_model(config: JobConfig, runtime: Runtime) -> tuple[Any, TrainModel, L
         device=runtime.device,
         attention="auto" if config.model.attention in ("auto", "documents") else config.model.attention,
         allow_pickle=config.model.allow_pickle,
+        sharding=runtime.sharding(),
+        check_room=not force,
     )
     if config.data.chat_template is not None:
         model.qlora_chat_template = Path(config.data.chat_template).read_text(encoding="utf-8")
@@ -54,15 +56,17 @@ def build_model(config: JobConfig, runtime: Runtime) -> tuple[Any, TrainModel, L
     if recompute is True or (recompute == "auto" and runtime.device.type == "cuda"):
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     train_model = TrainModel(model, config.model.attention).train()
-    if config.data.packing and train_model.packing_refused is not None:
-        raise train_model.packing_refused
     return model, train_model, report
 
 
 def prepare_engine(config: JobConfig, runtime: Runtime, train_model: TrainModel) -> Engine:
-    """Hand the module to Accelerate and DeepSpeed. Collective."""
+    """Hand the module to Accelerate and DeepSpeed. Collective.
+
+    Raises:
+        ConfigError: rows are to be packed, and this model would let their documents see each other.
+    """
     parameters = [p for p in train_model.parameters() if p.requires_grad]
-    return processes.prepare(
+    engine = processes.prepare(
         runtime,
         train_model,
         build_optimizer(parameters, config.train, runtime.device, sharded=runtime.is_zero),
@@ -70,6 +74,10 @@ def prepare_engine(config: JobConfig, runtime: Runtime, train_model: TrainModel)
         scale_loss=config.model.dtype == "float16",
         leaves=(LoraLayer, LossHead),
     )
+    train_model.settle()
+    if config.data.packing and train_model.packing_refused is not None:
+        raise train_model.packing_refused
+    return engine
 
 
 def split_of(config: JobConfig, runtime: Runtime) -> Split:

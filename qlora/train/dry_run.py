@@ -16,9 +16,9 @@ from qlora.train.build import build_model, peak_memory_bytes, prepare_engine, sp
 from qlora.train.step import Counters, run_step
 
 
-def dry_run(config: JobConfig, runtime: Runtime) -> int:
+def dry_run(config: JobConfig, runtime: Runtime, *, force: bool = False) -> int:
     """Do one step on rows of random tokens, all of them targets, on every rank, and print what it took. Collective."""
-    _, train_model, report = build_model(config, runtime)
+    _, train_model, report = build_model(config, runtime, force=force)
     vocabulary = whole_shape(train_model.model.get_input_embeddings().weight)[0]
     engine = prepare_engine(config, runtime, train_model)
     rows = split_of(config, runtime).per_device_batch_size

@@ -71,7 +71,7 @@ def run_training(config: JobConfig, *, dry_run: bool = False, force: bool = Fals
     try:
         check_device(config, runtime)
         if dry_run:
-            return do_dry_run(config, runtime)
+            return do_dry_run(config, runtime, force=force)
         run_dir = _own_run_dir(config, runtime)
         stop = StopFlag()
         try:
@@ -153,7 +153,7 @@ def _train(
     )
     # Before the base is read, which may take minutes.
     found = runtime.from_main(lambda: _find_checkpoint(config, folder, identity, force))
-    model, train_model, report = build_model(config, runtime)
+    model, train_model, report = build_model(config, runtime, force=force)
     if found is not None:
         resume.load_parameters(found, model)
     engine = prepare_engine(config, runtime, train_model)

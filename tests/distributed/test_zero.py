@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch import nn
 
 from qlora.distributed import zero
 from qlora.errors import LaunchError
@@ -63,7 +64,10 @@ def test_modes_that_cast_adapters_are_refused(mode: str) -> None:
 def test_minus_one_is_no_gradient_norm(said: Any, wanted: float) -> None:
     """DeepSpeed gives it for gradients that are infinite or not a number, and clips nothing then."""
     model: Any = SimpleNamespace(
-        optimizer=SimpleNamespace(param_groups=[{"lr": 0.0}]), step=lambda: None, get_global_grad_norm=lambda: said
+        module=nn.Module(),
+        optimizer=SimpleNamespace(param_groups=[{"lr": 0.0}]),
+        step=lambda: None,
+        get_global_grad_norm=lambda: said,
     )
     norm = zero.ZeroEngine(model, {}).step(0.25)
     assert norm.item() == pytest.approx(wanted, nan_ok=True)

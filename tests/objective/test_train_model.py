@@ -111,6 +111,7 @@ def test_attention_per_document_is_what_auto_chooses(architecture: str, make_mod
     # gemma2 caps its scores, which attention per document does not compute.
     want = "eager" if architecture == "gemma2" else "documents"
     train_model = TrainModel(make_model(architecture))
+    train_model.settle()
     assert train_model.attention_name == train_model.model.config._attn_implementation == want
     assert train_model.packing_refused is None
 
@@ -120,7 +121,7 @@ def test_the_model_keeps_its_own_forward(make_model: MakeModel) -> None:
     ids = torch.randint(3, 300, (2, 12), generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
         before = model(ids).logits
-        TrainModel(model)
+        TrainModel(model).settle()
         assert torch.equal(model(ids).logits, before)
     assert not any(m._forward_hooks for m in model.modules())
 
@@ -128,7 +129,7 @@ def test_the_model_keeps_its_own_forward(make_model: MakeModel) -> None:
 def test_making_one_draws_no_random_number_and_changes_no_mode(make_model: MakeModel) -> None:
     model = with_lora(make_model("llama"), lora_dropout=0.5).train()
     state = torch.get_rng_state()
-    TrainModel(model)
+    TrainModel(model).settle()
     assert torch.equal(torch.get_rng_state(), state)
     assert all(module.training for module in model.modules())
     assert all(parameter.grad is None for parameter in model.parameters())
@@ -225,6 +226,7 @@ def test_the_logits_of_a_batch_are_never_whole(make_model: MakeModel, monkeypatc
 
     model = with_lora(make_model("llama"))
     train_model = TrainModel(model)
+    train_model.settle()
     sizes = []
     monkeypatch.setattr(module, "cross_entropy_sum", lambda h, t, f, p: cross_entropy_sum(h, t, f, p, chunk_tokens=4))
     handle = train_model.loss_head.register_forward_pre_hook(lambda _, args: sizes.append(len(args[0])))
@@ -262,6 +264,7 @@ def test_logits_are_scaled_as_the_model_scales_them(
     model = make_model(name, **changes)
     rows = make_rows()
     train_model = TrainModel(model)
+    train_model.settle()
     # Where the head is known, the logits need not be made as a whole.
     assert (train_model.loss_head is None) == (name == "gpt2")
     with torch.no_grad():
@@ -288,6 +291,7 @@ def test_a_model_with_a_layer_before_its_head_uses_its_own_forward(
 ) -> None:
     model = make_model("modernbert-decoder", **llama_like, pad_token_id=PAD, bos_token_id=1, eos_token_id=2, cls_token_id=1)
     train_model = TrainModel(with_lora(model))
+    train_model.settle()
     assert train_model.loss_head is None
     rows = make_rows()
     for collate in BATCHES.values():
