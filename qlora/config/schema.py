@@ -99,6 +99,12 @@ class DataConfig(Section):
     cache_dir: str | None = Field(None, description="Where token rows are kept; null is the user's cache folder.")
 
 
+class GradientCheckpointingConfig(Section):
+    """How activations are computed again in backward (torch.utils.checkpoint)."""
+
+    use_reentrant: bool = Field(False, description="torch's older kind, which runs a second backward pass inside the first.")
+
+
 class TrainConfig(Section):
     """How it is learned."""
 
@@ -118,6 +124,7 @@ class TrainConfig(Section):
     adam_epsilon: Number = Field(1e-8, gt=0)
     weight_decay: Number = Field(0.0, ge=0)
     gradient_checkpointing: Literal["auto"] | bool = "auto"
+    gradient_checkpointing_kwargs: GradientCheckpointingConfig = Field(default_factory=GradientCheckpointingConfig)
     seed: int = Field(0, ge=0)
 
 

@@ -17,7 +17,7 @@ from qlora.lora.layer import LoraLayer, refuse_merged
 from qlora.objective import probe
 from qlora.ops import attention
 from qlora.ops.attention import DocumentLayout, packed_forward
-from qlora.ops.cross_entropy import cross_entropy_sum
+from qlora.ops.cross_entropy import cross_entropy_gradients, cross_entropy_sum, with_gradients
 from qlora.quant.linear import Linear4bit
 
 
@@ -39,12 +39,22 @@ class LossHead(nn.Module):
             self.logit_factor = 1.0 / self.logit_factor
         return False
 
-    def forward(self, hidden_ND: Tensor, targets_N: Tensor | None) -> Tensor:
-        """Sum of the cross entropy, fp32 scalar, of hidden states (N, D) against token ids (N,); without these, logits."""
+    def forward(self, hidden_ND: Tensor, targets_N: Tensor | None) -> Any:
+        """Loss of hidden states (N, D) against token ids (N,); without these, logits.
+
+        Returns:
+            The sum of the cross entropy, fp32 scalar, and its gradient (N, D) with respect to the hidden states. With a
+            frozen head the loss is cut off from the graph, for `with_gradients` to put back: so nothing asks ZeRO-3 to
+            gather the head again for a backward pass that does not read it. A head that trains, or that is in no graph,
+            has None for a gradient.
+        """
         if targets_N is None:
             return self.logits(hidden_ND)
         trainable = [p for p in self.head.parameters() if p.requires_grad]
-        return cross_entropy_sum(hidden_ND, targets_N, self.logits, trainable)
+        if trainable:
+            return cross_entropy_sum(hidden_ND, targets_N, self.logits, trainable), None
+        loss, gradient, _ = cross_entropy_gradients(hidden_ND, targets_N, self.logits)
+        return loss, gradient
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Logits (..., V), fp32, of hidden states (..., D)."""
@@ -128,7 +138,9 @@ class TrainModel(nn.Module):
                 logits.flatten(0, 1), batch.targets_BT.flatten(), ignore_index=IGNORE, reduction="sum"
             )
             return loss, num_targets
-        return self.loss_head(hidden_BTD[is_target_BT], batch.targets_BT[is_target_BT]), num_targets
+        hidden_ND = hidden_BTD[is_target_BT]
+        loss, gradient = self.loss_head(hidden_ND, batch.targets_BT[is_target_BT])
+        return loss if gradient is None else with_gradients(loss, [hidden_ND], [gradient]), num_targets
 
     def _hidden_states(self, batch: Batch) -> Tensor:
         """Last hidden states (B, T, D), or logits (B, T, V) of a model whose head is not known."""

@@ -77,8 +77,8 @@ class _LoraLinear(torch.autograd.Function):
         seed: int,
     ) -> Tensor:
         ctx.save_for_backward(x_TI)
-        # Kept as the parameters themselves, not as saved tensors: recomputation compares the shapes of saved tensors,
-        # and a parameter that ZeRO-3 has partitioned in the meantime has shape (0,).
+        # Kept as the parameters themselves, not as saved tensors: recomputation compares the shapes of saved tensors, and
+        # a frozen parameter that ZeRO-3 has partitioned in the meantime has shape (0,).
         ctx.lora_A, ctx.lora_B = lora_A_RI, lora_B_OR
         ctx.read_weight, ctx.scaling, ctx.dropout, ctx.seed = read_weight, scaling, dropout, seed
         weight_OI = read_weight()

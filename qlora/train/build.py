@@ -53,10 +53,34 @@ def build_model(config: JobConfig, runtime: Runtime, *, force: bool = False) -> 
         model.qlora_chat_template = Path(config.data.chat_template).read_text(encoding="utf-8")
     report = inject_lora(model, config.lora, seed=config.train.seed)
     recompute = config.train.gradient_checkpointing
-    if recompute is True or (recompute == "auto" and runtime.device.type == "cuda"):
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    if recompute is True or (
+        recompute == "auto" and runtime.device.type == "cuda" and model.supports_gradient_checkpointing
+    ):
+        recompute_blocks(model, use_reentrant=config.train.gradient_checkpointing_kwargs.use_reentrant)
     train_model = TrainModel(model, config.model.attention).train()
     return model, train_model, report
+
+
+def recompute_blocks(model: Any, *, use_reentrant: bool) -> None:
+    """Keep the input of each block alone, and compute what is inside it again in backward. Rank-local.
+
+    Raises:
+        ConfigError: the model is not made of blocks that can be computed again.
+    """
+    if not model.supports_gradient_checkpointing:
+        raise ConfigError(
+            f"{type(model).__name__} cannot compute its blocks again",
+            place="train.gradient_checkpointing",
+            next_step="set it to false",
+        )
+    # transformers 5.23 has a new name for it and warns of the old one.
+    enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
+    enable({"use_reentrant": use_reentrant})
+    # It also lets the embeddings' output ask for a gradient. The reentrant kind needs that, because a block whose input asks
+    # for none gets none; otherwise it is left out, because ZeRO-3 would gather the frozen embeddings in backward for it.
+    model.disable_input_require_grads()
+    if use_reentrant:
+        model.enable_input_require_grads()
 
 
 def prepare_engine(config: JobConfig, runtime: Runtime, train_model: TrainModel) -> Engine:

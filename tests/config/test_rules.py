@@ -129,7 +129,7 @@ OTHER_VALUES: dict[str, object] = {
     "train.gradient_checkpointing": True,
     "logging.trackers": ["wandb"],
 }
-SECTIONS = {"model.quantization"}
+SECTIONS = {"model.quantization", "train.gradient_checkpointing_kwargs"}
 ONLY_ONE_VALUE = {"model.quantization.bits"}
 ALL_KEYS = [dotted(path) for path in Keys(JobConfig.model_json_schema()).all if len(path) > 1]
 

@@ -34,6 +34,8 @@ ACC1 = ["train.per_device_train_batch_size={rows}", "train.gradient_accumulation
 ACC2 = ["train.per_device_train_batch_size={half}", "train.gradient_accumulation_steps=2"]
 SAVES = ["checkpoint.every_steps=3", "checkpoint.keep_last=10"]
 DROPOUT = ["lora.lora_dropout=0.1"]
+RECOMPUTE = ["train.gradient_checkpointing=true"]
+REENTRANT = [*RECOMPUTE, "train.gradient_checkpointing_kwargs.use_reentrant=true"]
 WHOLLY = ["lora.train_norms=true", "lora.train_embeddings=true", "lora.train_head=true"]
 SIX = ["train.gradient_accumulation_steps=1", "train.max_steps=5", *SAVES]
 
@@ -63,7 +65,8 @@ def _usual(*, after: str) -> dict[str, Job]:
         "acc2": Job([*ACC2, *SAVES]),
         "dropout": Job([*ACC2, *SAVES, *DROPOUT]),
         "resumed": Job([*ACC2, *SAVES, *DROPOUT], after=after),
-        "recompute": Job([*ACC2, *DROPOUT, "train.gradient_checkpointing=true"]),
+        "recompute": Job([*ACC2, *DROPOUT, *RECOMPUTE]),
+        "reentrant": Job([*ACC2, *DROPOUT, *REENTRANT]),
     }
 
 
@@ -91,7 +94,7 @@ WORLDS = {
         | _wholly("zero3")
         | {
             "from_single": Job([*ACC2, *SAVES], after="single.acc2"),
-            "bf16": Job([*ACC2, "model.dtype=bfloat16", "train.gradient_checkpointing=true"]),
+            "bf16": Job([*ACC2, "model.dtype=bfloat16", *RECOMPUTE]),
             "dry": Job(ACC1, options=["--dry-run"]),
             "six": Job([*SIX, "train.per_device_train_batch_size=3"]),
         },
@@ -103,7 +106,8 @@ WORLDS = {
         {
             "six": Job([*SIX, "train.per_device_train_batch_size=2", "data.eval=[{eval}]", "eval.every_steps=2"]),
             "six_from_two": Job([*SIX, "train.per_device_train_batch_size=2"], after="zero3.six"),
-            "six_recompute": Job([*SIX, "train.per_device_train_batch_size=2", "train.gradient_checkpointing=true"]),
+            "six_recompute": Job([*SIX, "train.per_device_train_batch_size=2", *RECOMPUTE]),
+            "six_reentrant": Job([*SIX, "train.per_device_train_batch_size=2", *REENTRANT]),
         },
     ),
     "again": World("single", 1, {"from_zero3": Job([*ACC1, *SAVES], after="zero3.acc2")}),

@@ -126,9 +126,12 @@ def test_an_adapter_saved_under_zero3_is_one_to_peft(project: Any) -> None:
     assert (own(ids).logits - without).abs().max() > 0.1
 
 
+@pytest.mark.parametrize("kind", ["recompute", "reentrant"])
 @pytest.mark.parametrize("mode", MODES)
-def test_recomputation_changes_nothing_with_dropout_on(project: Any, close_relative: Callable[..., None], mode: str) -> None:
-    found, wanted = project.result(f"{mode}.recompute"), project.result(f"{mode}.dropout")
+def test_recomputation_changes_nothing_with_dropout_on(
+    project: Any, close_relative: Callable[..., None], mode: str, kind: str
+) -> None:
+    found, wanted = project.result(f"{mode}.{kind}"), project.result(f"{mode}.dropout")
     for key in ("loss", "grad_norm"):
         close_relative(found.values(key), wanted.values(key), 1e-5)
     assert abs(found.values("loss")[0] / project.result("single.acc1").values("loss")[0] - 1) < 1e-5  # B is zero then
@@ -153,7 +156,7 @@ def test_modules_trained_as_wholes(project: Any, close_relative: Callable[..., N
 def test_really_sharded_on_three_ranks_with_padding(project: Any, close_relative: Callable[..., None]) -> None:
     """No parameter is kept whole, no size is a multiple of three, and the losses are those of two ranks."""
     wanted = project.result("zero3.six")
-    for job in ("six", "six_recompute"):
+    for job in ("six", "six_recompute", "six_reentrant"):
         found = project.result(f"sharded.{job}")
         for key in ("loss", "grad_norm"):
             close_relative(found.values(key), wanted.values(key), 1e-4)

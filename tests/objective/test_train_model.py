@@ -222,13 +222,13 @@ def test_a_quantized_head(make_model: MakeModel) -> None:
 
 def test_the_logits_of_a_batch_are_never_whole(make_model: MakeModel, monkeypatch: pytest.MonkeyPatch) -> None:
     from qlora.objective import train_model as module
-    from qlora.ops.cross_entropy import cross_entropy_sum
+    from qlora.ops.cross_entropy import cross_entropy_gradients
 
     model = with_lora(make_model("llama"))
     train_model = TrainModel(model)
     train_model.settle()
     sizes = []
-    monkeypatch.setattr(module, "cross_entropy_sum", lambda h, t, f, p: cross_entropy_sum(h, t, f, p, chunk_tokens=4))
+    monkeypatch.setattr(module, "cross_entropy_gradients", lambda h, t, f: cross_entropy_gradients(h, t, f, chunk_tokens=4))
     handle = train_model.loss_head.register_forward_pre_hook(lambda _, args: sizes.append(len(args[0])))
     seen = []
     forward = train_model.loss_head.logits

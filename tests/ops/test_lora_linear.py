@@ -7,7 +7,7 @@ from collections.abc import Callable
 import pytest
 import torch
 from torch import Tensor
-from torch.utils.checkpoint import checkpoint
+from torch.utils.checkpoint import CheckpointError, checkpoint
 
 from qlora.ops.lora_linear import dropout_mask, lora_linear
 
@@ -283,13 +283,43 @@ def test_recomputation_draws_the_same_mask(use_reentrant: bool) -> None:
     assert all(torch.equal(t.grad, w) for t, w in zip((case.x, case.lora_A, case.lora_B), want, strict=True))
 
 
-def test_recomputation_survives_a_parameter_that_is_cut_up_in_between() -> None:
-    """ZeRO-3 leaves a parameter with shape (0,) between forward and backward; non-reentrant recomputation compares the
-    shapes of what was saved, so the parameters may not be among it."""
-    case = Case()
-    y = checkpoint(case, case.x, use_reentrant=False)
-    whole = case.lora_A.data
-    case.lora_A.data = torch.empty(0)
-    case.lora_A.data = whole
-    y.backward(case.dy)
-    assert case.lora_A.grad.shape == (R, I)
+class CutUp:
+    """Two layers whose parameters have no elements but while they compute, as ZeRO-3 leaves them."""
+
+    def __init__(self, *, trainable: bool, save_weight: bool) -> None:
+        self.cases = [Case(torch.float64), Case(torch.float64)]
+        self.save_weight = save_weight
+        for case in self.cases:
+            case.weight = case.weight.T @ case.weight / O  # square, so that one follows the other
+            case.bias, case.lora_B = None, torch.randn(I, R, dtype=torch.float64)
+            case.lora_A.requires_grad_(trainable)
+            case.lora_B.requires_grad_(trainable)
+            case.whole = {name: getattr(case, name).data for name in ("weight", "lora_A", "lora_B")}
+
+    def cut(self, case: Case) -> None:
+        for name in case.whole:
+            getattr(case, name).data = torch.empty(0, dtype=torch.float64)
+
+    def gather(self, case: Case) -> None:
+        for name, whole in case.whole.items():
+            getattr(case, name).data = whole
+
+    def __call__(self, x: Tensor) -> Tensor:
+        for case in self.cases:
+            self.gather(case)
+            x = x @ case.weight if self.save_weight else case(x)
+            x.register_hook(lambda _, case=case: self.gather(case))
+            self.cut(case)
+        return x
+
+
+@pytest.mark.parametrize("trainable", [True, False])
+def test_recomputation_survives_parameters_that_are_cut_up_in_between(trainable: bool) -> None:
+    """It compares the shapes of what was saved, and a frozen tensor is saved as itself, so none may be among it."""
+    layers = CutUp(trainable=trainable, save_weight=False)
+    x = layers.cases[0].x
+    (want,) = torch.autograd.grad(layers(x).sum(), x)
+    (found,) = torch.autograd.grad(checkpoint(layers, x, use_reentrant=False).sum(), x)
+    assert torch.equal(found, want)
+    with pytest.raises(CheckpointError, match="different metadata"):
+        checkpoint(CutUp(trainable=trainable, save_weight=True), x, use_reentrant=False).sum().backward()
