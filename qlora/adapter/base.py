@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -47,8 +48,9 @@ def load_base(
         BaseModelError: see `quant.source.resolve_base`, `quant.load.load_model`; also a tokenizer with more tokens than
             the embedding has rows.
     """
-    source = resolve_base(base, revision, allow_pickle=allow_pickle)
-    tokenizer = load_tokenizer(str(source.folder))
+    sharding = sharding or Sharding()
+    source = sharding.together(partial(resolve_base, base, revision, allow_pickle=allow_pickle))
+    tokenizer = sharding.together(partial(load_tokenizer, str(source.folder)))
     model = load_model(
         source, dtype=dtype, quantization=quantization, device=device, attention=attention, sharding=sharding,
         check_room=check_room, progress=progress,

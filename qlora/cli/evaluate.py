@@ -21,9 +21,15 @@ def evaluate(
         Path | None,
         typer.Option(metavar="DIR", help="Adapter or checkpoint folder; without it the base alone.", show_default=False),
     ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="JSON on standard output.")] = False,
     debug: DebugOption = False,
 ) -> None:
-    """Print loss and perplexity on data.eval, base beside adapter."""
+    """Print loss and perplexity on data.eval, base beside adapter.
+
+    Rows are shared out over processes, and so is a base that fits no single GPU:
+
+    accelerate launch --config_file launch/accelerate/zero3.yaml -m qlora eval CONFIG
+    """
     from qlora.config.load import load_config
     from qlora.config.rules import check_job
 
@@ -33,4 +39,4 @@ def evaluate(
         require_adapter(adapter)
     from qlora.infer.evaluate import run_evaluate
 
-    run_evaluate(job, adapter)
+    run_evaluate(job, adapter, as_json=as_json)

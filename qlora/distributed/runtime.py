@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any, Protocol, TypeVar
@@ -79,6 +79,11 @@ class Runtime:
     def is_zero(self) -> bool:
         return self.mode.startswith("zero")
 
+    @property
+    def is_sharded(self) -> bool:
+        """Whether each rank keeps a share of the base alone, so that forward passes are collectives."""
+        return self.mode == "zero3"
+
     def sum(self, values: Tensor) -> Tensor:
         """Sum a tensor over ranks, in place. Collective."""
         if self.world_size > 1:
@@ -103,6 +108,14 @@ class Runtime:
         box = [value]
         torch.distributed.broadcast_object_list(box, src=0)
         return box[0]
+
+    def gather_objects(self, value: Any) -> list[Any]:
+        """Every rank's value, in the order of ranks, on every rank. Collective. Pickles: for our own small objects only."""
+        if self.world_size == 1:
+            return [value]
+        gathered: list[Any] = [None] * self.world_size
+        torch.distributed.all_gather_object(gathered, value)
+        return gathered
 
     def from_main(self, work: Callable[[], T]) -> T:
         """Do something on rank 0 alone; every rank gets its result. Collective.
@@ -188,9 +201,12 @@ class Runtime:
 
 def start(
     *, per_device_batch_size: int, gradient_accumulation_steps: int, max_grad_norm: float, trackers: Sequence[str] = (),
-    logging_dir: str | None = None,
+    logging_dir: str | None = None, trains: bool = True,
 ) -> Runtime:  # fmt: skip
     """Join the job's process group as the launcher set it up. Collective.
+
+    Args:
+        trains: False lets the launch configuration say what it will about batches and gradients.
 
     Raises:
         LaunchError: the ranks do not see one another, or the launch configuration contradicts the job file.
@@ -206,6 +222,9 @@ def start(
         else:
             arguments["cpu"] = True
     if under_deepspeed:
+        if not torch.cuda.is_available():
+            # Said before DeepSpeed is imported, which otherwise writes about it on standard output, from every rank.
+            os.environ.setdefault("DS_ACCELERATOR", "cpu")
         from qlora.distributed import zero
 
         zero.prepare_environment()
@@ -220,6 +239,7 @@ def start(
             gradient_accumulation_steps=gradient_accumulation_steps,
             gradient_clipping=max_grad_norm,
             world_size=accelerator.num_processes,
+            trains=trains,
         )
         accelerator.gradient_accumulation_steps = gradient_accumulation_steps
         mode = f"zero{stage}" if stage else mode
@@ -268,7 +288,7 @@ def prepare(
     if runtime.is_zero:
         from qlora.distributed import zero
 
-        zero.mark_leaves(model, leaves)
+        zero.mark_leaves(model, leaves, runtime.accelerator.state.deepspeed_plugin)
         engine, _ = runtime.accelerator.prepare(model, optimizer)
         return zero.ZeroEngine(engine, parameters)
     # DDP would broadcast the frozen base at start.
@@ -277,6 +297,28 @@ def prepare(
     model._ddp_params_and_buffers_to_ignore = frozen  # type: ignore[assignment]
     prepared = runtime.accelerator.prepare_model(model)
     return PlainEngine(runtime, prepared, parameters, optimizer, max_grad_norm, scale_loss)
+
+
+def start_inference() -> Runtime:
+    """Join the process group of a launch that trains nothing. Collective. Raises LaunchError: see `start`."""
+    return start(per_device_batch_size=1, gradient_accumulation_steps=1, max_grad_norm=1.0, trains=False)
+
+
+def for_inference(runtime: Runtime, model: nn.Module, *, leaves: Sequence[type]) -> AbstractContextManager[None]:
+    """A model computes inside the context, without an optimizer. Collective.
+
+    Where ranks keep shares of the base, every forward pass inside is a collective, so that all ranks make the same
+    number of them, and the model is empty afterwards. Elsewhere each rank's model is whole and stays as it is.
+
+    Args:
+        model: what will be called, with its adapter in it: nothing can be added inside the context.
+        leaves: module classes that ZeRO-3 gathers as one.
+    """
+    if not runtime.is_sharded:
+        return nullcontext()
+    from qlora.distributed import zero
+
+    return zero.for_inference(model, runtime.accelerator.state.deepspeed_plugin, leaves)
 
 
 class PlainEngine:

@@ -7,7 +7,6 @@ included; dtypes are ours.
 from __future__ import annotations
 
 import logging
-import os
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -15,6 +14,7 @@ from typing import Any
 
 import deepspeed
 import torch
+from deepspeed.runtime.zero.parameter_offload import FWD_MODULE_STACK
 from deepspeed.utils import safe_get_full_optimizer_state, set_z3_leaf_modules
 from torch import Tensor, nn
 
@@ -30,20 +30,20 @@ STAGE3 = {
     # Nothing that was gathered is kept because it will be needed again soon. DeepSpeed's own 1e9 would hold a gigabyte of
     # packed weights from forward to backward.
     "stage3_max_reuse_distance": 0,
-    # LoRA's A and B up to a width of 62,500 at r = 16, and norms and biases, stay whole on every rank.
+    # Norms and biases, and A and B up to a width of 62,500 at r = 16, stay whole on every rank, together up to 400 MB.
     "stage3_param_persistence_threshold": 1_000_000,
+    "stage3_model_persistence_threshold": 100_000_000,
     # It would replace torch's linear function for the whole process, to do what `distributed.saved` does.
     "memory_efficient_linear": False,
 }
 
 
 def prepare_environment() -> None:
-    """Quieten DeepSpeed's per-rank chatter and choose its CPU accelerator where there is no GPU. Rank-local."""
+    """Quieten DeepSpeed's per-rank chatter, and let it compile nothing on CPUs. Rank-local."""
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
     # DeepSpeed 0.19.8 calls collectives by names that torch 2.13 warns of, at every call.
     warnings.filterwarnings("ignore", message="`torch.distributed", category=FutureWarning)
     if not torch.cuda.is_available():
-        os.environ.setdefault("DS_ACCELERATOR", "cpu")
         # At start DeepSpeed 0.19.8 compiles shared-memory collectives for CPUs, which needs a compiler and fails where the
         # environment's path has a space in it. It goes on with gloo where it finds them not compatible.
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
@@ -56,8 +56,12 @@ def fill_config(
     gradient_accumulation_steps: int,
     gradient_clipping: float,
     world_size: int,
+    trains: bool = True,
 ) -> int:
     """Put the job's numbers where the DeepSpeed JSON says `auto`. Rank-local. Returns the ZeRO stage.
+
+    Args:
+        trains: False puts them over what the JSON says: where nothing is trained they mean nothing.
 
     Raises:
         LaunchError: the JSON states a number that contradicts the job file, or turns on a dtype mode.
@@ -79,7 +83,7 @@ def fill_config(
     }
     for key, value in values.items():
         stated = config.get(key, "auto")
-        if stated != "auto" and float(stated) != float(value):
+        if trains and stated != "auto" and float(stated) != float(value):
             raise LaunchError(
                 f"{key} contradicts the job file",
                 place="DeepSpeed JSON",
@@ -96,8 +100,12 @@ def fill_config(
     return int(zero["stage"])
 
 
-def mark_leaves(model: nn.Module, classes: Sequence[type]) -> None:
+def mark_leaves(model: nn.Module, classes: Sequence[type], plugin: Any) -> None:
     """Let ZeRO-3 gather each module of these classes by one hook, with all that is inside it. Rank-local.
+
+    It also bounds what is gathered at once. DeepSpeed adds a bucket of prefetched parameters at every module that it
+    enters, until as much is live as the configuration allows, which by default is 1e9 elements (0.19.8). Where it says
+    nothing, the largest module and one bucket may be live: what is computed with, and what is on its way.
 
     DeepSpeed reduces a leaf's gradients in the module's backward hook, which torch fires when the gradient of the
     module's input is there. Where no input needs one, as in the first layer over a frozen embedding, it fires before
@@ -106,6 +114,17 @@ def mark_leaves(model: nn.Module, classes: Sequence[type]) -> None:
     """
     for leaf in set_z3_leaf_modules(model, list(classes), raise_if_not_found=False):
         leaf.register_forward_pre_hook(_ask_for_input_gradient)
+    stated = plugin.deepspeed_config["zero_optimization"]
+    if stated["stage"] == 3 and stated.get("stage3_max_live_parameters", "auto") == "auto":
+        stated["stage3_max_live_parameters"] = _largest_gather(model, tuple(classes)) + stated["stage3_prefetch_bucket_size"]
+
+
+def _largest_gather(model: nn.Module, leaves: tuple[type, ...]) -> int:
+    """Elements of the module with most parameters, of those that are gathered as one."""
+    return max(
+        sum(getattr(p, "ds_numel", p.numel()) for p in module.parameters(recurse=isinstance(module, leaves)))
+        for module in model.modules()
+    )
 
 
 def _ask_for_input_gradient(module: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...] | None:
@@ -148,6 +167,36 @@ class ZeroSharding(Sharding):
         return {"none": device, "cpu": torch.device("cpu")}.get(self._offload)
 
 
+@contextmanager
+def for_inference(model: nn.Module, plugin: Any, leaves: Sequence[type]) -> Iterator[None]:
+    """Inside the context a model of which ranks keep shares is whole wherever it computes; after it, it is empty.
+
+    Every forward pass inside is a collective. There is no optimizer, which DeepSpeed allows at stage 3 alone.
+    """
+    mark_leaves(model, leaves, plugin)
+    config = _without_training(plugin.deepspeed_config)
+    engine, *_ = deepspeed.initialize(model=model, config=config)
+    _keep_resident(engine.optimizer)
+    try:
+        with without_gathered_weights(lambda p: gathered([p])):
+            yield
+    finally:
+        engine.destroy()
+        # DeepSpeed keeps the model in a cache for as long as the process lives (0.19.8); its shares need not stay.
+        for parameter in model.parameters():
+            for tensor in (parameter, parameter.ds_tensor):  # type: ignore[attr-defined]
+                tensor.data = torch.empty(0, dtype=tensor.dtype, device=tensor.device)
+
+
+def _without_training(stated: dict[str, Any]) -> dict[str, Any]:
+    """What a DeepSpeed configuration says of anything but training."""
+    needed = ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "aio")
+    config: dict[str, Any] = {key: stated[key] for key in needed if key in stated}
+    sharding = stated["zero_optimization"]
+    config["zero_optimization"] = {key: value for key, value in sharding.items() if key != "offload_optimizer"}
+    return config
+
+
 class ZeroEngine:
     """A DeepSpeed engine of stage 1, 2 or 3. Implements `runtime.Engine`."""
 
@@ -164,6 +213,8 @@ class ZeroEngine:
         self.model.set_gradient_accumulation_boundary(last)
         with without_gathered_weights(lambda p: gathered([p])) if self._is_sharded else nullcontext():
             yield
+        # Recomputation that stops early leaves modules in DeepSpeed's stack of those that compute, two a block (0.19.8).
+        del FWD_MODULE_STACK[1:]
 
     def backward(self, loss: Tensor) -> None:
         # The loss is already divided by the step's global token count: dividing by the accumulation count as well
@@ -218,17 +269,24 @@ class ZeroEngine:
 
 
 def _keep_resident(optimizer: Any) -> None:
-    """Of the parameters that DeepSpeed would keep whole because they are small, keep those that do not grow with the base.
+    """Keep what is small and hardly grows with the base whole on every rank, where DeepSpeed goes by size alone.
 
-    What trains stays, and norms and biases, whose gathers would cost more than they weigh. The scales of 4-bit weights do
-    not: they are a 64th of the base.
+    Norms and biases stay, whose gathers would cost more than they weigh, and then what trains, as far as the budget goes.
+    The scales of 4-bit weights do not: they are a 64th of the base.
     """
     offload = getattr(optimizer, "parameter_offload", optimizer)
-    small: list[Any] = offload.persistent_parameters
-    for parameter in small:
-        is_vector = len(parameter.ds_shape) == 1 and parameter.is_floating_point()
-        parameter.ds_persist = parameter.requires_grad or is_vector
-    offload.persistent_parameters = optimizer.persistent_parameters = [p for p in small if p.ds_persist]
+    limit, budget = offload.param_numel_persistence_threshold, offload.model_persistence_threshold
+    for parameter in offload.persistent_parameters:
+        parameter.ds_persist = False
+    small: list[Any] = [p for p in offload.module.parameters() if p.ds_numel <= limit]
+    vectors = [p for p in small if not p.requires_grad and len(p.ds_shape) == 1 and p.is_floating_point()]
+    chosen = []
+    for parameter in [*vectors, *(p for p in small if p.requires_grad)]:
+        if parameter.ds_numel <= budget:
+            budget -= parameter.ds_numel
+            parameter.ds_persist = True
+            chosen.append(parameter)
+    offload.persistent_parameters = optimizer.persistent_parameters = chosen
 
 
 def _set_share(parameter: nn.Parameter, key: str, whole: Tensor) -> None:

@@ -98,7 +98,8 @@ def prepare_engine(config: JobConfig, runtime: Runtime, train_model: TrainModel)
         scale_loss=config.model.dtype == "float16",
         leaves=(LoraLayer, LossHead),
     )
-    train_model.settle()
+    with engine.micro_step(last=False):
+        train_model.settle()
     if config.data.packing and train_model.packing_refused is not None:
         raise train_model.packing_refused
     return engine

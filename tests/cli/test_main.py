@@ -199,18 +199,18 @@ def test_the_word_error_is_red_on_a_terminal_alone(job_file: str, monkeypatch: p
 def test_generate_eval_and_merge_hand_over_what_they_were_given(
     job_file: str, adapter: Path, stand_in, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    generated = stand_in("qlora.infer.generate", "run_generate", "an answer")
+    generated = stand_in("qlora.infer.generate", "run_generate", ["an answer"])
     assert main(["generate", "--prompt", "hi", "--base", "builtin:tiny", "--system", "s", "--temperature", "0.5"]) == 0
     assert main(["generate", "--prompt", "hi", "--adapter", str(adapter), "--max-new-tokens", "3"]) == 0
     assert capsys.readouterr().out == "an answer\nan answer\n"
     assert generated == [
-        ((None, "hi"), {"base": "builtin:tiny", "system": "s", "max_new_tokens": 256, "temperature": 0.5}),
-        ((adapter, "hi"), {"base": None, "system": None, "max_new_tokens": 3, "temperature": 0.0}),
+        ((None, ["hi"]), {"base": "builtin:tiny", "system": "s", "max_new_tokens": 256, "temperature": 0.5}),
+        ((adapter, ["hi"]), {"base": None, "system": None, "max_new_tokens": 3, "temperature": 0.0}),
     ]
     evaluated = stand_in("qlora.infer.evaluate", "run_evaluate", {})
-    assert main(["eval", job_file, "--adapter", str(adapter), "data.max_length=64"]) == 0
-    ((config, folder), _) = evaluated[0]
-    assert (config.data.max_length, folder) == (64, adapter)
+    assert main(["eval", job_file, "--adapter", str(adapter), "data.max_length=64", "--json"]) == 0
+    ((config, folder), options) = evaluated[0]
+    assert (config.data.max_length, folder, options) == (64, adapter, {"as_json": True})
     merged = stand_in("qlora.adapter.merge_files", "run_merge", Path("out"))
     assert main(["merge", str(adapter), "out"]) == 0
     assert main(["merge", str(adapter), "out", "--onto", "original", "--dtype", "float16", "--base", "b"]) == 0

@@ -24,9 +24,9 @@ NUMBERS: dict[str, Any] = {
 }
 
 
-def fill(config: dict[str, Any]) -> int:
+def fill(config: dict[str, Any], **options: Any) -> int:
     plugin = SimpleNamespace(deepspeed_config=config, dschf=object())
-    stage = zero.fill_config(plugin, **NUMBERS)
+    stage = zero.fill_config(plugin, **NUMBERS, **options)
     assert plugin.dschf is None  # or transformers would build every model by its own zero.Init
     return stage
 
@@ -51,6 +51,12 @@ def test_a_number_that_contradicts_the_job_is_refused(key: str, stated: float) -
 
 def test_the_same_number_is_taken() -> None:
     assert fill({"zero_optimization": {"stage": 2}, "gradient_accumulation_steps": 3, "gradient_clipping": 0.5}) == 2
+
+
+def test_where_nothing_is_trained_no_number_contradicts() -> None:
+    config = {"zero_optimization": {"stage": 3}, "gradient_clipping": 7.0, "train_batch_size": 99}
+    assert fill(config, trains=False) == 3
+    assert (config["gradient_clipping"], config["train_batch_size"]) == (0.5, 24)
 
 
 @pytest.mark.parametrize("mode", ["bf16", "fp16"])

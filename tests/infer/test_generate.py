@@ -13,8 +13,10 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import qlora
+from qlora.distributed import runtime as processes
+from qlora.distributed.runtime import Runtime
 from qlora.errors import AdapterError
-from qlora.infer.generate import generate_texts, open_for_inference, run_generate
+from qlora.infer.generate import generate_texts, open_for_inference, run_generate, share_out
 
 PROMPTS = ["what", "hello world, what is this? " * 3, "an answer to the question", "x"]
 
@@ -22,6 +24,11 @@ PROMPTS = ["what", "hello world, what is this? " * 3, "an answer to the question
 @pytest.fixture(scope="module")
 def opened(random_base: Path) -> tuple[Any, Any]:
     return qlora.load_base(str(random_base), dtype="float32")
+
+
+@pytest.fixture(scope="module")
+def alone() -> Runtime:
+    return processes.start_inference()
 
 
 def talks(prompts: list[str]) -> list[list[dict[str, str]]]:
@@ -66,6 +73,21 @@ def test_it_stops_at_the_tokenizers_end_of_turn_and_at_the_models(
     assert generate_texts(model, other, talks(["what"]), 8)[0] in (alone, "")  # a special token now
 
 
+@pytest.mark.parametrize("num_prompts", [0, 1, 2, 7, 32, 33, 100])
+@pytest.mark.parametrize("world_size", [1, 2, 3])
+@pytest.mark.parametrize("batch_size", [1, 4, 16])
+def test_prompts_are_shared_out_evenly(num_prompts: int, world_size: int, batch_size: int) -> None:
+    order = list(range(num_prompts))[::-1]
+    parts = [share_out(order, batch_size, rank, world_size) for rank in range(world_size)]
+    num_batches = -(-num_prompts // (batch_size * world_size))
+    assert [len(own) for own in parts] == [num_batches] * world_size
+    batches = [list(parts[rank][number]) for number in range(num_batches) for rank in range(world_size)]
+    assert [i for batch in batches for i in batch] == order
+    sizes = [len(batch) for batch in batches] or [0]
+    assert max(sizes) <= batch_size
+    assert max(sizes) - min(sizes) <= 1
+
+
 def test_training_mode_is_given_back(opened: tuple[Any, Any]) -> None:
     model, tokenizer = opened
     model.train()
@@ -88,11 +110,11 @@ def test_a_tokenizer_without_a_template_gets_the_text_alone(opened: tuple[Any, A
 
 def test_the_system_message_and_the_temperature_count(random_base: Path) -> None:
     base = str(random_base)
-    plain = run_generate(None, "what", base=base, max_new_tokens=8)
-    assert run_generate(None, "what", base=base, max_new_tokens=8) == plain
-    assert run_generate(None, "what", base=base, max_new_tokens=8, system="an answer") != plain
+    plain = run_generate(None, ["what"], base=base, max_new_tokens=8)
+    assert run_generate(None, ["what"], base=base, max_new_tokens=8) == plain
+    assert run_generate(None, ["what"], base=base, max_new_tokens=8, system="an answer") != plain
     torch.manual_seed(0)
-    assert run_generate(None, "what", base=base, max_new_tokens=8, temperature=5.0) != plain
+    assert run_generate(None, ["what"], base=base, max_new_tokens=8, temperature=5.0) != plain
 
 
 @pytest.fixture
@@ -105,23 +127,23 @@ def adapter(random_base: Path, tmp_path: Path) -> Path:
     return qlora.save_adapter(model, tmp_path / "adapter")
 
 
-def test_the_base_is_opened_as_it_was_trained_on(adapter: Path) -> None:
-    model, _ = open_for_inference(adapter, None)
+def test_the_base_is_opened_as_it_was_trained_on(adapter: Path, alone: Runtime) -> None:
+    model, _ = open_for_inference(alone, adapter, None)
     assert model.qlora_base.quantization.block_size == 128
     assert model.dtype == torch.float32
 
 
-def test_another_base_and_no_base_are_refused(adapter: Path, random_base: Path, tmp_path: Path) -> None:
+def test_another_base_and_no_base_are_refused(adapter: Path, alone: Runtime, random_base: Path, tmp_path: Path) -> None:
     other = tmp_path / "other"
     shutil.copytree(random_base, other)
     tensors = load_file(other / "model.safetensors")
     tensors["model.norm.weight"] += 1
     save_file(tensors, other / "model.safetensors", {"format": "pt"})
     with pytest.raises(AdapterError, match="trained on another base"):
-        open_for_inference(adapter, str(other))
+        open_for_inference(alone, adapter, str(other))
     config = json.loads((adapter / "adapter_config.json").read_text())
     config["base_model_name_or_path"] = None
     (adapter / "adapter_config.json").write_text(json.dumps(config))
     with pytest.raises(AdapterError, match="does not say which base"):
-        open_for_inference(adapter, None)
-    open_for_inference(adapter, str(random_base))
+        open_for_inference(alone, adapter, None)
+    open_for_inference(alone, adapter, str(random_base))

@@ -10,6 +10,7 @@ import pytest
 from transformers import AutoTokenizer
 
 from qlora.cli.main import main
+from qlora.distributed import runtime as processes
 from qlora.infer.generate import generate_texts, open_for_inference
 
 TEMPLATE = (
@@ -47,7 +48,7 @@ def test_the_template_of_training_is_that_of_use(run: Path, tmp_path: Path) -> N
     for folder in (run / "adapter", run / "checkpoints/step-00000001"):
         assert (folder / "chat_template.jinja").read_text() == TEMPLATE
         assert main(["inspect", str(folder)]) == 0
-    model, tokenizer = open_for_inference(run / "adapter", None)
+    model, tokenizer = open_for_inference(processes.start_inference(), run / "adapter", None)
     assert tokenizer.chat_template == TEMPLATE
     assert len(generate_texts(model, tokenizer, [[{"role": "user", "content": "what"}]], 3)) == 1
     assert main(["merge", str(run / "adapter"), str(tmp_path / "merged")]) == 0

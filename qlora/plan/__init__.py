@@ -1,0 +1,1 @@
+"""What a job will need, before anything is loaded: memory and traffic of a rank, by arithmetic. Torch-free."""

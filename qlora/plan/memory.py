@@ -1,0 +1,292 @@
+"""What one rank keeps, gathers and reads under each way of sharing a job out, in bytes.
+
+A base is turned into the list of parameters that training holds: packed bytes and statistics of each 4-bit weight, what
+stays in 16 bits, A and B, modules trained as wholes. All else is sums over that list. N ranks share out what the stage
+says, tensor by tensor in pieces of ceil(elements / N) as DeepSpeed cuts them.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Literal
+
+from qlora.config.schema import JobConfig, QuantizationConfig
+from qlora.errors import ConfigError
+from qlora.lora.target import ALL_LINEAR, Candidate, ends_with, select
+from qlora.plan.shapes import BaseShapes, TensorShape
+
+Mode = Literal["single", "ddp", "zero1", "zero2", "zero3"]
+Part = Literal["packed weights", "statistics", "unquantized", "trained"]
+
+ITEMSIZE = {"auto": 1, "uint8": 1, "bfloat16": 2, "float16": 2, "float32": 4}
+NESTED_BLOCK_SIZE = 256  # scales that share an fp32 scale under double quantization
+ADAM_BYTES = {"adamw": 8, "paged_adamw": 8, "adamw_8bit": 2, "paged_adamw_8bit": 2}
+
+
+@dataclass(frozen=True)
+class ZeroSettings:
+    """DeepSpeed's own names without `stage3_`, in elements; the defaults are what a run uses.
+
+    `max_live_parameters` is by default the largest module and one bucket.
+    """
+
+    prefetch_bucket_size: int = 50_000_000
+    max_live_parameters: int | None = None
+    param_persistence_threshold: int = 1_000_000
+    model_persistence_threshold: int = 100_000_000
+    reduce_bucket_size: int = 50_000_000
+
+
+@dataclass(frozen=True)
+class Stored:
+    """One parameter as training holds it.
+
+    Attributes:
+        module: what ZeRO-3 gathers together; a LoRA layer has the path of the linear layer it wraps.
+        elements, itemsize: of the stored tensor; a packed 4-bit weight has half as many elements as weights.
+        uses: times it is gathered in a micro-step without recomputation, at most.
+        in_layer: it is gathered once more where its layer is recomputed.
+        stays_whole: small enough, and of a kind, to be kept whole under ZeRO-3.
+    """
+
+    module: str
+    part: Part
+    elements: int
+    itemsize: int
+    uses: int
+    in_layer: bool
+    stays_whole: bool
+
+    @property
+    def num_bytes(self) -> int:
+        return self.elements * self.itemsize
+
+    def share_bytes(self, ranks: int) -> int:
+        """Bytes of one rank's piece."""
+        return -(-self.elements // ranks) * self.itemsize
+
+
+@dataclass(frozen=True)
+class RankPlan:
+    """One rank of `ranks` under `mode`; all sizes in bytes.
+
+    Attributes:
+        kept: there from the first to the last step, by what it is.
+        working: there for a part of a step, at most, by what it is.
+        gathered: received from other ranks in a micro-step, at most; weights alone.
+        read: from the base's files.
+    """
+
+    mode: Mode
+    ranks: int
+    kept: dict[str, int]
+    working: dict[str, int]
+    gathered: int
+    read: int
+
+    @property
+    def kept_bytes(self) -> int:
+        return sum(self.kept.values())
+
+    @property
+    def total_bytes(self) -> int:
+        return self.kept_bytes + sum(self.working.values())
+
+
+def statistics_bytes(num_weights: int, config: QuantizationConfig) -> int:
+    """Bytes of the scales of a 4-bit weight; the layout is described in `qlora.ops.nf4`."""
+    num_blocks = -(-num_weights // config.block_size)
+    return 4 + 4 * -(-num_blocks // NESTED_BLOCK_SIZE) + num_blocks if config.double_quant else 4 * num_blocks
+
+
+def is_quantized(tensor: TensorShape, job: JobConfig) -> bool:
+    """Whether loading puts this tensor into 4 bits."""
+    config = job.model.quantization
+    skipped = config is not None and any(ends_with(tensor.module, name) for name in config.skip_modules)
+    return tensor.kind == "linear" and config is not None and not skipped
+
+
+def adapted(base: BaseShapes, job: JobConfig) -> set[str]:
+    """Paths of the layers that get A and B. Raises ConfigError, AdapterError as training would."""
+    classes = {True: ("Linear4bit", "Linear"), False: ("Linear",)}
+    candidates = [
+        Candidate(t.module, classes[is_quantized(t, job)], supported=True, is_head=t.kind == "head")
+        for t in base.tensors
+        if t.kind in ("linear", "head")
+    ]
+    targeted = select(candidates, job.lora.target_modules, job.lora.exclude_modules).targeted
+    narrow = {t.module: min(t.shape) for t in base.tensors if t.kind in ("linear", "head") and min(t.shape) < job.lora.r}
+    for path, limit in narrow.items():
+        if targeted.pop(path, ALL_LINEAR) != ALL_LINEAR or not targeted:
+            raise ConfigError(
+                f"the rank exceeds the smaller dimension of {path}",
+                place="lora.r", found=job.lora.r, wanted=f"at most {limit}",
+            )  # fmt: skip
+    return set(targeted)
+
+
+def stored_parameters(base: BaseShapes, job: JobConfig, zero: ZeroSettings | None = None) -> list[Stored]:
+    """Return every parameter of the model in training, in the order of a forward pass. Raises as `adapted` does."""
+    zero, lora, targets = zero or ZeroSettings(), job.lora, adapted(base, job)
+    wholly = {"norm": lora.train_norms, "embedding": lora.train_embeddings, "head": lora.train_head}
+    if base.tied and lora.train_embeddings != lora.train_head:
+        raise ConfigError(
+            "the base ties its embeddings to its head, so they can only be trained together",
+            place="lora.train_embeddings, lora.train_head",
+            next_step="set both to true, or both to false",
+        )
+    stored = []
+    for tensor in base.tensors:
+        trains = wholly.get(tensor.kind, False) or tensor.module in targets
+        # Nothing asks for a frozen embedding in backward, and a frozen head's gradient is made in forward.
+        uses = 2 if trains or tensor.kind not in ("embedding", "head") else 1
+        uses *= 2 if tensor.kind == "embedding" and base.tied else 1
+        for part, elements, itemsize in _parts(tensor, job, wholly.get(tensor.kind, False), tensor.module in targets):
+            may_stay = part == "trained" or (part == "unquantized" and len(tensor.shape) == 1)
+            stays = may_stay and elements <= zero.param_persistence_threshold
+            stored.append(Stored(tensor.module, part, elements, itemsize, uses, tensor.in_layer, stays))
+    return _within_budget(stored, zero.model_persistence_threshold)
+
+
+def _within_budget(stored: list[Stored], budget: int) -> list[Stored]:
+    """Of what may stay whole, as much does as the budget (elements) allows: what is frozen first, then what trains."""
+    chosen = set()
+    for parameter in sorted((p for p in stored if p.stays_whole), key=lambda p: p.part == "trained"):
+        if parameter.elements <= budget:
+            budget -= parameter.elements
+            chosen.add(id(parameter))
+    return [p if id(p) in chosen else replace(p, stays_whole=False) for p in stored]
+
+
+def _parts(tensor: TensorShape, job: JobConfig, wholly: bool, is_target: bool) -> Iterator[tuple[Part, int, int]]:
+    """What training makes of one tensor: (part, elements, bytes an element), with the A and B of its layer."""
+    count, quantization = tensor.num_elements, job.model.quantization
+    if quantization is not None and is_quantized(tensor, job):
+        itemsize = ITEMSIZE[quantization.quant_storage]
+        yield "packed weights", -(-count // 2) // itemsize, itemsize
+        yield "statistics", statistics_bytes(count, quantization), 1
+    elif wholly:
+        yield "trained", count, 4
+    else:
+        yield "unquantized", count, ITEMSIZE[job.model.dtype]
+    if is_target and tensor.kind in ("linear", "head"):
+        for side in reversed(tensor.shape):
+            yield "trained", job.lora.r * side, ITEMSIZE[job.lora.dtype]
+
+
+def modes_of(job: JobConfig, ranks: int) -> list[Mode]:
+    """The ways a job can be shared out: DeepSpeed shards no optimizer but adamw."""
+    plain: Mode = "single" if ranks == 1 else "ddp"
+    return [plain, "zero1", "zero2", "zero3"] if job.train.optimizer == "adamw" else [plain]
+
+
+def plan_rank(base: BaseShapes, job: JobConfig, mode: Mode, ranks: int, zero: ZeroSettings | None = None) -> RankPlan:
+    """Return what one of `ranks` ranks needs.
+
+    Raises:
+        ConfigError, AdapterError: training would refuse the job: its targets, or an optimizer that DeepSpeed cannot shard.
+    """
+    zero = zero or ZeroSettings()
+    stage = int(mode[-1]) if mode.startswith("zero") else 0
+    if stage and job.train.optimizer != "adamw":
+        raise ConfigError(
+            f"{job.train.optimizer} needs an optimizer state that is not sharded",
+            place="train.optimizer", found=mode, wanted="adamw",
+        )  # fmt: skip
+    stored = stored_parameters(base, job, zero)
+    gathered = gathered_bytes(stored, recompute=recomputes(job)) * (ranks - 1) // ranks if stage == 3 else 0
+    files = sum(t.num_elements * t.itemsize for t in base.tensors)
+    read = -(-files // ranks) if stage == 3 else files
+    working = {"one dequantized weight": _dequantized_bytes(base, job)}
+    if stage:
+        working["reduction buffer"] = 4 * zero.reduce_bucket_size
+    elif ranks > 1:
+        working["reduction buffer"] = sum(p.num_bytes for p in stored if p.part == "trained")
+    if stage == 3:
+        working["gathered weights"] = gathered_at_once(stored, zero)
+    if recomputes(job):
+        tokens = job.train.per_device_train_batch_size * job.data.max_length
+        working["inputs of recomputed layers"] = tokens * base.hidden_size * base.num_layers * ITEMSIZE[job.model.dtype]
+    return RankPlan(mode, ranks, _kept(stored, stage, ranks, ADAM_BYTES[job.train.optimizer]), working, gathered, read)
+
+
+def _kept(stored: list[Stored], stage: int, ranks: int, adam_bytes: int) -> dict[str, int]:
+    """What stays from step to step, by what it is."""
+    trained = [p for p in stored if p.part == "trained"]
+    elements = sum(p.elements for p in trained)
+    # ZeRO-1 and 2 cut one flat buffer, aligned to two elements a rank; ZeRO-3 cuts each parameter.
+    owned = {0: elements, 3: sum(-(-p.elements // ranks) for p in trained)}.get(stage, -(-elements // (2 * ranks)) * 2)
+    kept: dict[str, int] = defaultdict(int)
+    for parameter in stored:
+        kept[parameter.part] += parameter.share_bytes(ranks if stage == 3 else 1)
+    if stage == 3:
+        kept["kept whole as well"] = sum(p.num_bytes for p in stored if p.stays_whole)
+    # Under DeepSpeed gradients are fp32, whatever A and B are.
+    kept["gradients"] = 4 * (elements if stage == 1 else owned) if stage else sum(p.num_bytes for p in trained)
+    kept["optimizer"] = adam_bytes * owned
+    if stage:
+        kept["fp32 master copy"] = 4 * owned
+    return dict(kept)
+
+
+def recomputes(job: JobConfig) -> bool:
+    """Whether layers are computed again in the backward pass, on GPUs."""
+    return job.train.gradient_checkpointing is not False
+
+
+def largest_gather(stored: Iterable[Stored]) -> int:
+    """Bytes of the largest module that ZeRO-3 gathers by one hook: a LoRA layer with its A and B, embedding or head."""
+    modules: dict[str, int] = defaultdict(int)
+    for parameter in stored:
+        modules[parameter.module] += 0 if parameter.stays_whole else parameter.num_bytes
+    return max(modules.values(), default=0)
+
+
+def max_live(stored: Iterable[Stored], zero: ZeroSettings) -> int:
+    """Elements that DeepSpeed lets be there before it stops gathering ahead."""
+    modules: dict[str, int] = defaultdict(int)
+    for parameter in stored:
+        modules[parameter.module] += parameter.elements
+    stated, largest = zero.max_live_parameters, max(modules.values(), default=0)
+    return largest + zero.prefetch_bucket_size if stated is None else stated
+
+
+def gathered_at_once(stored: Sequence[Stored], zero: ZeroSettings) -> int:
+    """Bytes of gathered parameters that one rank holds at one time, at most.
+
+    DeepSpeed starts another bucket of gathers at every module, in the order of use, as long as less than `max_live`
+    elements are there; the last tensor may pass the limit. Buckets are unpacked by copying.
+    """
+    cut = [p for p in stored if not p.stays_whole]
+    now, bucket = largest_gather(cut), zero.prefetch_bucket_size
+    ahead = largest_run(cut, max_live(stored, zero)) if bucket else 0
+    return max(now, ahead) + max(now, largest_run(cut, bucket))
+
+
+def largest_run(stored: Sequence[Stored], elements: int) -> int:
+    """Bytes of neighbouring parameters, of which one more is taken as long as there are less than `elements`, at most."""
+    most = 0
+    for run in (stored, stored[::-1]):  # the forward and the backward pass
+        first = held = num_bytes = 0
+        for parameter in run:
+            while held >= elements > 0:
+                held, num_bytes, first = held - run[first].elements, num_bytes - run[first].num_bytes, first + 1
+            held, num_bytes = held + parameter.elements, num_bytes + parameter.num_bytes
+            most = max(most, num_bytes if elements > 0 else 0)
+    return most
+
+
+def gathered_bytes(stored: Iterable[Stored], *, recompute: bool) -> int:
+    """Bytes of all gathers of a micro-step, own pieces included, at most: forward, backward, and recomputed layers."""
+    return sum(p.num_bytes * (p.uses + (p.in_layer and recompute)) for p in stored if not p.stays_whole)
+
+
+def _dequantized_bytes(base: BaseShapes, job: JobConfig) -> int:
+    """The largest 4-bit weight in the dtype to compute in, and its scales in fp32."""
+    config = job.model.quantization
+    counts = [t.num_elements for t in base.tensors if is_quantized(t, job)]
+    if config is None or not counts:
+        return 0
+    return max(counts) * ITEMSIZE[job.model.dtype] + 4 * -(-max(counts) // config.block_size)

@@ -1,0 +1,61 @@
+"""What is planned for two ranks, against what DeepSpeed holds and sends on two ranks."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from qlora.config.load import load_config
+from qlora.plan.memory import ZeroSettings, gathered_at_once, largest_gather, max_live, plan_rank, stored_parameters
+from qlora.plan.shapes import read_shapes
+
+ROOT = Path(__file__).parents[2]
+TINY = ROOT / "qlora/assets/tiny"
+NARROW = ["lora.r=5", "train.gradient_checkpointing=true"]
+# Of the embedded base, as of a large one, only a part is gathered at one time.
+SMALL = ZeroSettings(prefetch_bucket_size=60_000, max_live_parameters=1_300_000, param_persistence_threshold=1_000)
+
+
+def run(folder: Path, stage: int, zero: ZeroSettings, overrides: list[str]) -> dict[str, Any]:
+    """Take a step on two ranks; returns what the second one wrote down."""
+    out = folder / "found.json"
+    out.with_suffix(".yaml").write_text("{}\n")
+    keys = ("prefetch_bucket_size", "max_live_parameters", "param_persistence_threshold")
+    stage3 = {f"stage3_{key}": getattr(zero, key) for key in keys if getattr(zero, key) is not None}
+    command = [sys.executable, "-m", "accelerate.commands.launch", "--num_processes", "2", "--main_process_port", "0"]
+    command += ["--config_file", f"launch/accelerate/zero{stage}.yaml", str(Path(__file__).with_name("rank.py"))]
+    command += [str(out), json.dumps(stage3 if stage == 3 else {}), *overrides]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=240, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return json.loads(out.read_text())
+
+
+@pytest.mark.e2e
+@pytest.mark.parametrize("stage", [2, 3])
+def test_a_rank_keeps_what_is_planned(tmp_path: Path, stage: int) -> None:
+    overrides = [*NARROW, "lora.train_norms=true"]
+    found = run(tmp_path, stage, ZeroSettings(), overrides)
+    job = load_config(tmp_path / "found.yaml", overrides)
+    planned = plan_rank(read_shapes(TINY), job, "zero2" if stage == 2 else "zero3", 2).kept
+    assert found["kept"] == {key: planned[key] for key in found["kept"]}
+    if stage == 3:
+        assert found["max_live"] == max_live(stored_parameters(read_shapes(TINY), job), ZeroSettings())
+    assert set(planned) - set(found["kept"]) == ({"gradients"} if stage == 2 else set())
+
+
+@pytest.mark.e2e
+@pytest.mark.parametrize("recompute", [False, True])
+def test_a_rank_gathers_no_more_than_is_planned_and_not_much_less(tmp_path: Path, recompute: bool) -> None:
+    overrides = [f"train.gradient_checkpointing={str(recompute).lower()}"]
+    found = run(tmp_path, 3, SMALL, overrides)
+    job = load_config(tmp_path / "found.yaml", overrides)
+    base = read_shapes(TINY)
+    planned = 2 * plan_rank(base, job, "zero3", 2, SMALL).gathered  # own pieces included
+    assert 0.6 * planned < found["gathered"] <= planned
+    stored = stored_parameters(base, job, SMALL)
+    assert largest_gather(stored) < found["at_once"] <= gathered_at_once(stored, SMALL)
