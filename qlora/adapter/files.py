@@ -33,6 +33,7 @@ from qlora.lora.inject import (
 from qlora.lora.layer import LoraLayer, lora_layers
 from qlora.quant import shards
 from qlora.quant.load import BaseRecord
+from qlora.quant.source import fingerprints_of
 
 WEIGHTS_NAME = "adapter_model.safetensors"
 METADATA_KEY = "qlora"
@@ -288,13 +289,14 @@ def _check_fit(model: nn.Module, found: AdapterFile, other_base: bool) -> None:
     """Everything that could fail later, before anything is changed."""
     place = str(found.folder / WEIGHTS_NAME)
     base: BaseRecord | None = model.__dict__.get("qlora_base")
-    recorded = (found.described.get("base") or {}).get("fingerprint")
-    if base and recorded and base.source.fingerprint and recorded != base.source.fingerprint and not other_base:
+    recorded = found.described.get("base") or {}
+    theirs, ours = fingerprints_of(recorded), fingerprints_of(base.source.record()) if base else set()
+    if base and theirs and ours and not theirs & ours and not other_base:
         raise AdapterError(
             "the adapter was trained on another base",
             place=place,
-            found=f"{found.described['base']['name']} ({recorded[:12]})",
-            wanted=f"{base.source.name} ({base.source.fingerprint[:12]})",
+            found=f"{recorded['name']} ({str(recorded.get('fingerprint'))[:12]})",
+            wanted=f"{base.source.name} ({str(base.source.fingerprint)[:12]})",
             next_step="give the base it was trained on (in Python other_base=True loads it all the same)",
         )
     if not found.targeted and not found.trained:

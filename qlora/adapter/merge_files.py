@@ -8,8 +8,6 @@ Names, layout and sharing of the base's files are kept, so that whatever opened 
 
 from __future__ import annotations
 
-import json
-import os
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -23,16 +21,13 @@ from qlora.adapter.keys import AdapterKey
 from qlora.config.schema import QuantizationConfig
 from qlora.distributed.sharding import Sharding
 from qlora.errors import AdapterError
-from qlora.files import sync_folder
 from qlora.ops import nf4
-from qlora.quant import shards
 from qlora.quant.linear import Linear4bit
+from qlora.quant.model_folder import copy_rest, new_folder
 from qlora.quant.shards import TensorEntry
 from qlora.quant.skeleton import Prequantized, Skeleton, read_skeleton
-from qlora.quant.source import BaseSource, resolve_base
+from qlora.quant.source import BaseSource, fingerprints_of, resolve_base
 from qlora.quant.write import Planned, write_model
-
-NOT_COPIED = ("*.safetensors", "*.bin", shards.INDEX_NAME, "config.json", "*.pt", "*.gguf")
 
 
 def run_merge(
@@ -59,36 +54,33 @@ def run_merge(
     trained_dtype = getattr(torch, found.described.get("dtype", "bfloat16"))
     skeleton = read_skeleton(source, trained_dtype, quantization)
     if onto == "original" and skeleton.came_quantized:
+        unquantized = f"{source.origin.name}, which it was prepared from," if source.origin else "the unquantized base"
         raise AdapterError(
             "the base came in 4 bits, so there are no original weights in its folder",
             place=str(source.folder),
-            next_step="merge onto dequantized, or give the unquantized base with --base",
+            next_step=f"merge onto dequantized, or give {unquantized} with --base",
         )
     wanted = getattr(torch, dtype) if dtype else trained_dtype
-    temporary = out.with_name(f".{out.name}.{os.getpid()}.tmp")
     try:
-        temporary.mkdir(parents=True)
-        write_model(temporary, _plan(skeleton, found, onto, wanted))
-        _copy_rest(source, adapter, temporary, str(wanted).removeprefix("torch."))
-        if out.exists():
-            out.rmdir()  # the command line has made sure that it is empty
-        os.rename(temporary, out)
-        sync_folder(out.parent)
+        with new_folder(out) as folder:
+            write_model(folder, _plan(skeleton, found, onto, wanted))
+            copy_rest(source, folder, str(wanted).removeprefix("torch."))
+            if (adapter / TEMPLATE_NAME).is_file():
+                shutil.copyfile(adapter / TEMPLATE_NAME, folder / TEMPLATE_NAME)
     except OSError as error:
         raise AdapterError(f"the merged model cannot be written ({error.strerror})", place=str(out)) from error
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
     return out
 
 
 def _check_base(found: AdapterFile, source: BaseSource) -> None:
-    recorded = (found.described.get("base") or {}).get("fingerprint")
-    if recorded and source.fingerprint and recorded != source.fingerprint:
+    recorded = found.described.get("base") or {}
+    theirs, ours = fingerprints_of(recorded), fingerprints_of(source.record())
+    if theirs and ours and not theirs & ours:
         raise AdapterError(
             "the adapter was trained on another base",
             place=str(found.folder),
-            found=f"{found.described['base']['name']} ({recorded[:12]})",
-            wanted=f"{source.name} ({source.fingerprint[:12]})",
+            found=f"{recorded['name']} ({str(recorded.get('fingerprint'))[:12]})",
+            wanted=f"{source.name} ({str(source.fingerprint)[:12]})",
         )
 
 
@@ -110,7 +102,9 @@ def _plan(skeleton: Skeleton, found: AdapterFile, onto: str, dtype: torch.dtype)
                 unused.discard(path)
             low_rank_path = path if low_rank else None
             make = _maker(module if is_weight else None, entry, filling.came, replaced, found, low_rank_path, scaling, onto)
-            shape = entry.shape if filling.came is None else filling.came.state.shape
+            shape = entry.shape
+            if filling.came is not None:
+                shape = filling.came.state.shape[:: -1 if module.transposed_in_files else 1]
             target = dtype if filling.came is not None or entry.dtype.is_floating_point else entry.dtype
             yield Planned(entry.name, shape, target, _cast(make, target))
     unused -= _stored_with_their_twin(skeleton, found, unused)
@@ -179,18 +173,3 @@ def _maker(
         return weight.T.contiguous() if transposed else weight
 
     return make
-
-
-def _copy_rest(source: BaseSource, adapter: Path, out: Path, dtype: str) -> None:
-    """config.json without its quantization, tokenizer, the adapter's chat template, and the other small files."""
-    config = json.loads((source.folder / "config.json").read_text(encoding="utf-8"))
-    config.pop("quantization_config", None)
-    config["dtype"] = dtype
-    config.pop("torch_dtype", None)
-    (out / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-    skipped = {file for pattern in NOT_COPIED for file in source.folder.glob(pattern)}
-    for file in source.folder.iterdir():
-        if file.is_file() and file not in skipped and file.suffix in (".json", ".model", ".txt", ".jinja"):
-            shutil.copyfile(file, out / file.name)
-    if (adapter / TEMPLATE_NAME).is_file():
-        shutil.copyfile(adapter / TEMPLATE_NAME, out / TEMPLATE_NAME)

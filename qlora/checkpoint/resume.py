@@ -14,11 +14,12 @@ from qlora.adapter.files import adapter_parameters, open_adapter
 from qlora.checkpoint import state
 from qlora.checkpoint.state import Identity, TrainerState
 from qlora.config.rules import changed_keys
-from qlora.config.schema import JobConfig
+from qlora.config.schema import JobConfig, QuantizationConfig
 from qlora.distributed.collectives import set_whole, whole_shape
 from qlora.distributed.runtime import Engine
 from qlora.errors import CheckpointError
 from qlora.quant import shards
+from qlora.quant.source import fingerprints_of
 
 
 @dataclass(frozen=True)
@@ -88,12 +89,15 @@ def _open(folder: Path) -> Found:
 def check_identity(found: Found, job: Identity, *, force: bool) -> list[str]:
     """Compare a checkpoint with the job that wants to go on from it. Returns what `force` overrode, for the log.
 
+    A base and what `qlora prepare` made of it count as one where they are quantized alike.
+
     Raises:
         CheckpointError: another base, other data, another global batch, or a changed key that alters the training.
     """
     old, new = found.identity, job
     problems = []
-    if old.base.get("fingerprint") != new.base.get("fingerprint"):
+    before, after = fingerprints_of(old.base), fingerprints_of(new.base)
+    if before != after and not before & after:
         problems.append(f"base: {old.base.get('name')} then, {new.base.get('name')} now, and their weights differ")
     if old.data != new.data:
         problems.append(f"data: the token rows differ ({old.data[:12]} then, {new.data[:12]} now)")
@@ -109,13 +113,18 @@ def check_identity(found: Found, job: Identity, *, force: bool) -> list[str]:
             found=f"{'.'.join(map(str, fault['loc']))}: {fault['msg']}",
             next_step="resume with that version; as an adapter the checkpoint can still be loaded",
         ) from error
-    changes = changed_keys(
-        old_config,
-        JobConfig.model_validate(new.config),
-        old_world_size=old.world_size,
-        new_world_size=new.world_size,
-    )
-    problems += [f"{change.key}: {change.old} then, {change.new} now" for change in changes if not change.safe]
+    new_config = JobConfig.model_validate(new.config)
+    changes = changed_keys(old_config, new_config, old_world_size=old.world_size, new_world_size=new.world_size)
+    # A prepared base is as it is, whatever the job asks for; what counts is how the weights are held.
+    prepared = "origin" in {*old.base, *new.base} and bool(before & after)
+    free = ("model.base", "model.revision", "model.quantization") if prepared else ()
+    problems += [
+        f"{change.key}: {change.old} then, {change.new} now"
+        for change in changes
+        if not change.safe and not change.key.startswith(free)
+    ]
+    if prepared and (held := _held(old, old_config)) != (now := _held(new, new_config)):
+        problems.append(f"quantized base: {held} then, {now} now")
     if problems and not force:
         raise CheckpointError(
             "the checkpoint belongs to a job that differs from this one",
@@ -124,6 +133,14 @@ def check_identity(found: Found, job: Identity, *, force: bool) -> list[str]:
             next_step="undo the change, choose a new train.output_dir, or give --force: the run is then no longer exact",
         )
     return problems
+
+
+def _held(identity: Identity, config: JobConfig) -> str:
+    """How the base of a job is held in memory: as it was prepared, or as the job asks for."""
+    origin = identity.base.get("origin")
+    if origin is None:
+        return f"{config.model.quantization}, rounded to {config.model.dtype} before"
+    return f"{QuantizationConfig.model_validate(origin['quantization'])}, rounded to {origin['dtype']} before"
 
 
 def changed_versions(found: Found, job: Identity) -> str | None:

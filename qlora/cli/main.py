@@ -13,7 +13,7 @@ from typing import Annotated
 import typer
 from typer.main import get_command
 
-from qlora.cli import evaluate, failures, generate, inspect, merge, schema, status, train
+from qlora.cli import evaluate, failures, generate, inspect, merge, plan, prepare, schema, status, train
 from qlora.errors import EXIT_BUG, EXIT_DONE, EXIT_USER_ERROR, QloraError
 from qlora.version import __version__
 
@@ -28,6 +28,8 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 app.command("train")(train.train)
+app.command("plan")(plan.plan)
+app.command("prepare")(prepare.prepare)
 app.command("generate")(generate.generate)
 app.command("eval")(evaluate.evaluate)
 app.command("merge")(merge.merge)

@@ -10,7 +10,7 @@ import typer
 
 from qlora.cli.adapter_folder import require_adapter
 from qlora.cli.failures import DebugOption
-from qlora.errors import QloraError
+from qlora.cli.out_folder import require_empty
 
 
 class Onto(str, Enum):
@@ -46,13 +46,7 @@ def merge(
 ) -> None:
     """Write base and adapter as one model that needs neither; print its folder."""
     require_adapter(adapter)
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise QloraError(
-            "would overwrite what is there",
-            place=str(out),
-            found="a folder with files" if out.is_dir() else "a file",
-            wanted="a folder that does not exist or is empty",
-        )
+    require_empty(out)
     from qlora.adapter.merge_files import run_merge
 
     typer.echo(str(run_merge(adapter, out, onto=onto.value, dtype=dtype.value if dtype is not None else None, base=base)))

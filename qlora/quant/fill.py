@@ -16,10 +16,10 @@ from torch import Tensor
 from qlora.distributed.sharding import Sharding
 from qlora.ops import nf4
 from qlora.ops.nf4 import QuantSpec
-from qlora.quant.shards import TensorEntry
+from qlora.quant.shards import JoinedEntry, TensorEntry
 
 
-def read_run(entry: TensorEntry, sharding: Sharding, device: torch.device, dtype: torch.dtype) -> Tensor:
+def read_run(entry: TensorEntry | JoinedEntry, sharding: Sharding, device: torch.device, dtype: torch.dtype) -> Tensor:
     """The tensor (shape of the entry, dtype) with this rank's run filled. Rank-local. Raises BaseModelError."""
     start, stop = sharding.run(entry.num_elements)
     flat = torch.empty(entry.num_elements, dtype=dtype, device=device)
@@ -47,7 +47,7 @@ def quantize_run(
     packed = torch.empty((num_elements + 1) // 2, dtype=torch.uint8, device=device)
     own_first, own_last = -(-first // block), -(-last // block)
     scales = torch.zeros(own_last - own_first, dtype=torch.float32, device=device)
-    for begin in range(first // block * block, last, nf4.CHUNK_ELEMENTS):
+    for begin in range(first // block * block, last if first < last else 0, nf4.CHUNK_ELEMENTS):
         end = min(begin + nf4.CHUNK_ELEMENTS, -(-last // block) * block, num_elements)
         bits, absmax = nf4.quantize_blocks(entry.read(begin, end).to(device=device, dtype=dtype), spec)
         low, high = max(begin, first) // 2, (min(end, last) + 1) // 2

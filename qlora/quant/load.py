@@ -175,11 +175,14 @@ def _fill_tensor(
     is_parameter = isinstance(target, nn.Parameter)
 
     def read() -> Tensor:
+        own = sharding if is_parameter else Sharding()
+        if filling.joined is not None:
+            return read_run(filling.joined, own, device, dtype)
         if filling.converter is not None:
             value = _convert(filling, key, model)
             check_shape(filling.entries[-1], key, tuple(value.shape), tuple(target.shape))
             return value.to(device=device, dtype=dtype)
-        return read_run(filling.entries[-1], sharding if is_parameter else Sharding(), device, dtype)
+        return read_run(filling.entries[-1], own, device, dtype)
 
     value = sharding.together(read)
     if is_parameter:

@@ -6,6 +6,7 @@ import os
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from qlora.distributed.sharding import Sharding
 from qlora.errors import BaseModelError
@@ -23,8 +24,22 @@ def share_bytes(skeleton: Skeleton, sharding: Sharding) -> tuple[int, int]:
         if name in skeleton.fillings or name in made:
             start, stop = sharding.run(parameter.numel())
             kept += (stop - start) * parameter.element_size()
-            largest = max(largest, parameter.numel() * parameter.element_size())
+            largest = max(largest, _bytes_on_its_way(skeleton, name, parameter))
     return kept, largest
+
+
+def _bytes_on_its_way(skeleton: Skeleton, name: str, parameter: Tensor) -> int:
+    """What is allocated while one tensor is read: itself, and its sources where these are not read piece by piece."""
+    num_bytes = parameter.numel() * parameter.element_size()
+    filling = skeleton.fillings.get(name)
+    if filling is None:
+        return num_bytes
+    owner = skeleton.model.get_submodule(name.rpartition(".")[0])
+    if filling.converter is not None and filling.joined is None:
+        return num_bytes + sum(entry.num_bytes for entry in filling.entries)
+    if isinstance(owner, Linear4bit) and owner.transposed_in_files:
+        return num_bytes + 2 * filling.entries[-1].num_bytes
+    return num_bytes
 
 
 def free_bytes(device: torch.device) -> int | None:

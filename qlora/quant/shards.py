@@ -90,6 +90,35 @@ class TensorEntry:
         return self.read().reshape(self.shape)
 
 
+@dataclass(frozen=True)
+class JoinedEntry:
+    """Several tensors of the files as one: their elements one after another, in a shape of its own.
+
+    Fused expert weights are that. It has the part of `TensorEntry` that reading needs.
+    """
+
+    parts: tuple[TensorEntry, ...]
+    shape: tuple[int, ...]
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.parts[0].dtype
+
+    @property
+    def num_elements(self) -> int:
+        return math.prod(self.shape)
+
+    def read(self, start: int, stop: int) -> Tensor:
+        """Elements [start, stop) of the flattened whole, on the CPU. Reads no other byte. Raises BaseModelError."""
+        pieces, offset = [], 0
+        for part in self.parts:
+            first, last = max(start - offset, 0), min(stop - offset, part.num_elements)
+            if first < last:
+                pieces.append(part.read(first, last))
+            offset += part.num_elements
+        return torch.cat(pieces) if len(pieces) != 1 else pieces[0]
+
+
 def read_header(file: Path) -> dict[str, TensorEntry]:
     """The tensors of one safetensors file; see `read_header_and_metadata`."""
     return read_header_and_metadata(file)[0]

@@ -6,6 +6,7 @@ that differ from the config's, tensors that are missing.
 
 from __future__ import annotations
 
+import math
 import re
 from copy import deepcopy
 from dataclasses import dataclass, field
@@ -23,7 +24,7 @@ from qlora.ops.nf4 import QuantSpec, StoredState
 from qlora.quant import shards
 from qlora.quant.linear import Linear4bit
 from qlora.quant.pickled import read_pickled_entries
-from qlora.quant.shards import TensorEntry
+from qlora.quant.shards import JoinedEntry, TensorEntry
 from qlora.quant.source import BaseSource
 
 
@@ -34,11 +35,13 @@ class Filling:
     Attributes:
         entries: by the order of their names; the last one counts where the tensor is used as it is.
         converter: a transformers WeightConverter that makes the tensor of several; None where it is used as it is.
+        joined: the same tensor as its entries one after another, where it is no more than that.
         came: the weight is in 4 bits already.
     """
 
     entries: list[TensorEntry] = field(default_factory=list)
     converter: Any = None
+    joined: JoinedEntry | None = None
     came: Prequantized | None = None
 
 
@@ -106,6 +109,7 @@ def read_skeleton(
     unquantized: dict[str, str] = {}
     if found is not None:
         unexpected = _place_prequantized(model, fillings, entries, unexpected, dtype)
+        found = _as_stored(found, source, fillings)
     elif quantization is not None:
         unquantized = _place_linear4bit(model, quantization, dtype)
     _check_shapes(model, fillings)
@@ -130,6 +134,14 @@ def _bitsandbytes_config(source: BaseSource) -> QuantizationConfig | None:
     return QuantizationConfig(
         quant_type=stated.get("bnb_4bit_quant_type", "fp4"), double_quant=bool(stated.get("bnb_4bit_use_double_quant"))
     )
+
+
+def _as_stored(found: QuantizationConfig, source: BaseSource, fillings: dict[str, Filling]) -> QuantizationConfig:
+    """What config.json does not say: the block size, and of a prepared base everything that was asked for."""
+    if source.origin is not None:
+        return source.origin.quantization
+    sizes = [filling.came.state.spec.block_size for filling in fillings.values() if filling.came is not None]
+    return found.model_copy(update={"block_size": sizes[0]}) if sizes else found
 
 
 def _build(source: BaseSource, dtype: torch.dtype, attention: str) -> Any:
@@ -164,6 +176,7 @@ def _match(model: Any, entries: dict[str, TensorEntry]) -> tuple[dict[str, Filli
     by_pattern = {pattern: item for item in converters for pattern in item.source_patterns}
     wanted = model.state_dict()
     fillings: dict[str, Filling] = {}
+    by_source: dict[str, dict[str, list[TensorEntry]]] = {}
     unexpected = []
     for name in sorted(entries, key=dot_natural_key):
         key, pattern = rename_source_key(name, renamings, converters, model.base_model_prefix, wanted)
@@ -178,7 +191,28 @@ def _match(model: Any, entries: dict[str, TensorEntry]) -> tuple[dict[str, Filli
         if pattern is not None:
             filling.converter = filling.converter or deepcopy(by_pattern[pattern])
             filling.converter.add_tensor(key, name, pattern, entries[name].read_whole)
+            by_source.setdefault(key, {}).setdefault(pattern, []).append(entries[name])
+    for key, sources in by_source.items():
+        fillings[key].joined = _join(fillings[key].converter, sources, tuple(wanted[key].shape))
     return fillings, unexpected
+
+
+def _join(converter: Any, sources: dict[str, list[TensorEntry]], shape: tuple[int, ...]) -> JoinedEntry | None:
+    """A converted tensor as its sources one after another; None where the converter does something else.
+
+    Stacking experts, and then joining the rows of each one's gate and up projection, is to lay out expert by expert what
+    belongs to it, in the order of the sources.
+    """
+    from transformers.core_model_loading import Concatenate, MergeModulelist
+
+    does = [(type(operation), operation.dim) for operation in converter.operations if hasattr(operation, "dim")]
+    known = ([(MergeModulelist, 0)], [(MergeModulelist, 0), (Concatenate, 1)])
+    lists = [sources.get(pattern, []) for pattern in converter.source_patterns]
+    if len(does) != len(converter.operations) or does not in known or len({len(entries) for entries in lists}) != 1:
+        return None
+    parts = tuple(entry for expert in zip(*lists, strict=True) for entry in expert)
+    whole = sum(part.num_elements for part in parts) == math.prod(shape)
+    return JoinedEntry(parts, shape) if whole and len({part.dtype for part in parts}) == 1 else None
 
 
 def _place_linear4bit(model: Any, config: QuantizationConfig, dtype: torch.dtype) -> dict[str, str]:
@@ -240,6 +274,7 @@ def _place_prequantized(
         check_shape(stored, key, state.shape, wanted[::-1] if isinstance(linear, Conv1D) else wanted)
         out_features, in_features = state.shape
         layer = Linear4bit(in_features, out_features, linear.bias is not None, state.spec, dtype, device="meta")
+        layer.transposed_in_files = isinstance(linear, Conv1D)  # in files that hold it unquantized
         model.set_submodule(path, layer)
     return [name for name in unexpected if name not in used]
 

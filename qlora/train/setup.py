@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -20,10 +19,8 @@ from qlora.checkpoint.state import Identity, TrainerState
 from qlora.config.load import dump_config
 from qlora.config.schema import JobConfig
 from qlora.data.loader import EvalLoader, TrainLoader, plan_packs
-from qlora.data.prepare import prepare as tokenize
 from qlora.data.sampler import Position
 from qlora.data.token_store import TokenizedDataset
-from qlora.data.tokenizer import load_tokenizer, padding_token_id
 from qlora.distributed import runtime as processes
 from qlora.distributed.collectives import whole_parameters
 from qlora.distributed.runtime import Engine, Runtime
@@ -31,24 +28,17 @@ from qlora.errors import EXIT_BUG, EXIT_DONE, EXIT_STOPPED, CheckpointError, Qlo
 from qlora.files import write_file
 from qlora.lora.inject import LoraReport
 from qlora.objective.evaluate import evaluate
-from qlora.quant.source import BaseSource, resolve_base
+from qlora.quant.load import BaseRecord
+from qlora.quant.source import BaseSource
 from qlora.train.build import build_model, check_device, peak_memory_bytes, prepare_engine, split_of
 from qlora.train.dry_run import dry_run as do_dry_run
 from qlora.train.hooks import CheckpointHook, EvaluateHook, Hook, MetricsHook, ProgressHook, StatusHook
+from qlora.train.inputs import Data, open_inputs
 from qlora.train.loop import Job, train
 from qlora.train.model_card import model_card
 from qlora.train.preempt import StopFlag
 from qlora.train.run_dir import MetricsWriter, RunDir, start_trackers
 from qlora.train.step import Counters, StepResult
-
-
-@dataclass(frozen=True)
-class Data:
-    """What a run learns from and is evaluated on."""
-
-    rows: TokenizedDataset
-    eval_rows: TokenizedDataset | None
-    pad_token_id: int
 
 
 def run_training(config: JobConfig, *, dry_run: bool = False, force: bool = False) -> int:
@@ -57,10 +47,7 @@ def run_training(config: JobConfig, *, dry_run: bool = False, force: bool = Fals
     Raises:
         QloraError: whatever the user can mend; nothing that was saved is lost by it.
     """
-    source = resolve_base(config.model.base, config.model.revision, allow_pickle=config.model.allow_pickle)
-    tokenizer = load_tokenizer(str(source.folder))
-    rows = tokenize(config.data.train, tokenizer, config.data)
-    eval_rows = tokenize(config.data.eval, tokenizer, config.data) if config.data.eval else None
+    opened = open_inputs(config)
     runtime = processes.start(
         per_device_batch_size=config.train.per_device_train_batch_size,
         gradient_accumulation_steps=config.train.gradient_accumulation_steps,
@@ -69,13 +56,13 @@ def run_training(config: JobConfig, *, dry_run: bool = False, force: bool = Fals
         logging_dir=config.train.output_dir,
     )
     try:
+        source, data = runtime.together(opened)
         check_device(config, runtime)
         if dry_run:
             return do_dry_run(config, runtime, force=force)
         run_dir = _own_run_dir(config, runtime)
         stop = StopFlag()
         try:
-            data = Data(rows, eval_rows, padding_token_id(tokenizer))
             outcome = _train(config, runtime, run_dir, source, data, stop, force=force)
         except BaseException as error:
             _record_failure(run_dir, error)
@@ -162,7 +149,7 @@ def _train(
     trainer = found.trainer if found is not None else TrainerState(0, 0, 0, 0)
     num_steps = config.train.max_steps or loader.schedule.num_steps(config.train.num_train_epochs)
     if runtime.is_main:
-        _announce(config, runtime, report, data.rows, len(plan), num_steps, found)
+        _announce(config, runtime, model.qlora_base, report, data.rows, len(plan), num_steps, found)
 
     def save(result: StepResult) -> None:
         save_checkpoint(
@@ -286,6 +273,7 @@ def _hooks(
 def _announce(
     config: JobConfig,
     runtime: Runtime,
+    base: BaseRecord,
     report: LoraReport,
     rows: TokenizedDataset,
     num_packs: int,
@@ -293,8 +281,14 @@ def _announce(
     found: resume.Found | None,
 ) -> None:
     """Say what is about to run."""
-    bits = config.model.quantization.quant_type if config.model.quantization else "not quantized"
-    print(f"base      {config.model.base}, {bits}, computing in {config.model.dtype}")
+    held, origin = base.quantization, base.source.origin
+    print(
+        f"base      {config.model.base}, {held.quant_type if held else 'not quantized'}, computing in {config.model.dtype}"
+    )
+    if origin is not None:
+        print(f"          prepared from {origin.name}, rounded to {origin.dtype} before it was quantized")
+    if held != config.model.quantization:
+        print(f"          it came in 4 bits ({held}), and model.quantization, which differs, is not applied")
     print(f"processes {runtime.world_size}, {runtime.mode}, on {runtime.device.type}")
     tokens = int(rows.lengths.sum())
     print(f"data      {len(rows)} rows, {tokens:,} tokens, {rows.num_target_tokens:,} of them targets, {num_packs} packs")

@@ -17,7 +17,7 @@ from qlora.config.schema import JobConfig
 from qlora.version import __version__
 
 HEAVY = {"torch", "transformers", "accelerate", "deepspeed", "bitsandbytes", "datasets"}
-VERBS = ("train", "generate", "eval", "merge", "inspect", "status", "schema")
+VERBS = ("train", "generate", "eval", "merge", "prepare", "plan", "inspect", "status", "schema")
 TOKEN = "hf_" + "a1B2" * 8
 
 
