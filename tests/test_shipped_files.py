@@ -17,6 +17,12 @@ JOBS = sorted((ROOT / "configs").glob("*.yaml"))
 LAUNCHES = sorted((ROOT / "launch/accelerate").glob("*.yaml"))
 DEEPSPEED = sorted((ROOT / "launch/deepspeed").glob("*.json"))
 SCRIPTS = sorted((ROOT / "launch/slurm").glob("*.sbatch"))
+# Where the files with these endings put the frozen base and the optimizer.
+OFFLOADS = {
+    "": {},
+    "offload": {"offload_param": "cpu", "offload_optimizer": "cpu"},
+    "nvme": {"offload_param": "nvme", "offload_optimizer": "cpu"},
+}
 
 
 @pytest.mark.parametrize("path", JOBS, ids=lambda p: p.name)
@@ -54,8 +60,12 @@ def test_every_deepspeed_file_is_named_by_a_launch_file() -> None:
 @pytest.mark.parametrize("path", DEEPSPEED, ids=lambda p: p.name)
 def test_deepspeed_file_leaves_the_jobs_numbers_to_the_job(path: Path) -> None:
     config = json.loads(path.read_text())
-    stage = config.pop("zero_optimization")["stage"]
-    assert path.stem == f"zero{stage}"
+    zero = config.pop("zero_optimization")
+    name, _, offload = path.stem.partition("_")
+    assert name == f"zero{zero['stage']}"
+    assert OFFLOADS[offload] == {key: zero[key]["device"] for key in zero if key.startswith("offload_")}
+    # Torch's optimizer, wherever its state is.
+    assert config.pop("zero_force_ds_cpu_optimizer", None) == (False if offload else None)
     assert set(config.values()) == {"auto"}
 
 

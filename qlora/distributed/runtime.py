@@ -18,6 +18,7 @@ from accelerate import Accelerator
 from accelerate.utils import InitProcessGroupKwargs
 from torch import Tensor, nn
 
+from qlora.distributed.offload import device_of
 from qlora.distributed.sharding import Sharding
 from qlora.errors import LaunchError, QloraError
 
@@ -83,6 +84,14 @@ class Runtime:
     def is_sharded(self) -> bool:
         """Whether each rank keeps a share of the base alone, so that forward passes are collectives."""
         return self.mode == "zero3"
+
+    @property
+    def offloads_optimizer(self) -> bool:
+        """Whether the optimizer's state is in memory and updated there, wherever parameters are."""
+        if not self.is_zero:
+            return False
+        stated = self.accelerator.state.deepspeed_plugin.deepspeed_config
+        return device_of(stated["zero_optimization"], "offload_optimizer") == "cpu"
 
     def sum(self, values: Tensor) -> Tensor:
         """Sum a tensor over ranks, in place. Collective."""
@@ -201,7 +210,7 @@ class Runtime:
 
 def start(
     *, per_device_batch_size: int, gradient_accumulation_steps: int, max_grad_norm: float, trackers: Sequence[str] = (),
-    logging_dir: str | None = None, trains: bool = True,
+    logging_dir: str | None = None, optimizer: str = "adamw", trains: bool = True,
 ) -> Runtime:  # fmt: skip
     """Join the job's process group as the launcher set it up. Collective.
 
@@ -239,6 +248,7 @@ def start(
             gradient_accumulation_steps=gradient_accumulation_steps,
             gradient_clipping=max_grad_norm,
             world_size=accelerator.num_processes,
+            optimizer=optimizer,
             trains=trains,
         )
         accelerator.gradient_accumulation_steps = gradient_accumulation_steps

@@ -49,7 +49,7 @@ class Sharding:
         return own
 
     def keep(self, parameter: nn.Parameter) -> None:
-        """Cut a parameter of which this rank's run is filled down to that run. Rank-local."""
+        """Cut a parameter of which this rank's run is filled down to that run. Rank-local; a collective for a disk."""
 
     def home(self, device: torch.device) -> torch.device | None:
         """Where what is kept lies, for a rank that computes on a device; None for a disk."""

@@ -10,6 +10,8 @@ import logging
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 import deepspeed
@@ -19,6 +21,8 @@ from deepspeed.utils import safe_get_full_optimizer_state, set_z3_leaf_modules
 from torch import Tensor, nn
 
 from qlora.distributed.collectives import is_partitioned
+from qlora.distributed.mapped import move_to_file
+from qlora.distributed.offload import device_of, refuse_bad_offload, take_share_folder
 from qlora.distributed.saved import without_gathered_weights
 from qlora.distributed.sharding import Sharding, Together
 from qlora.errors import LaunchError
@@ -56,6 +60,7 @@ def fill_config(
     gradient_accumulation_steps: int,
     gradient_clipping: float,
     world_size: int,
+    optimizer: str = "adamw",
     trains: bool = True,
 ) -> int:
     """Put the job's numbers where the DeepSpeed JSON says `auto`. Rank-local. Returns the ZeRO stage.
@@ -64,10 +69,13 @@ def fill_config(
         trains: False puts them over what the JSON says: where nothing is trained they mean nothing.
 
     Raises:
-        LaunchError: the JSON states a number that contradicts the job file, or turns on a dtype mode.
+        LaunchError: the JSON states a number that contradicts the job file, turns on a dtype mode, or offloads what cannot
+            be offloaded.
     """
     config = plugin.deepspeed_config
     zero = config["zero_optimization"]
+    refuse_bad_offload(config, optimizer)
+    plugin.share_folder = take_share_folder(zero)
     for mode in ("bf16", "fp16"):
         if config.get(mode, {}).get("enabled"):
             raise LaunchError(
@@ -146,8 +154,9 @@ class ZeroSharding(Sharding):
     def __init__(self, rank: int, world_size: int, together: Together, plugin: Any) -> None:
         super().__init__(rank, world_size, together)
         stated = plugin.deepspeed_config
-        needed = ("zero_optimization", "train_batch_size", "train_micro_batch_size_per_gpu", "aio")
-        self._offload: str = stated["zero_optimization"].get("offload_param", {}).get("device", "none")
+        needed = ("zero_optimization", "train_batch_size", "train_micro_batch_size_per_gpu")
+        self._offload = device_of(stated["zero_optimization"], "offload_param")
+        self._folder: Path | None = plugin.share_folder
         # Without a module, which would replace torch's linear function for the whole process.
         self._init = deepspeed.zero.Init(
             config_dict_or_path={key: stated[key] for key in needed if key in stated},
@@ -162,9 +171,13 @@ class ZeroSharding(Sharding):
     def keep(self, parameter: nn.Parameter) -> None:
         self._init._convert_to_deepspeed_param(parameter)
         parameter.partition()  # type: ignore[attr-defined]
+        if self._folder is not None:
+            self.together(partial(move_to_file, parameter.ds_tensor, self._folder))  # type: ignore[attr-defined]
 
     def home(self, device: torch.device) -> torch.device | None:
-        return {"none": device, "cpu": torch.device("cpu")}.get(self._offload)
+        if self._folder is not None:
+            return None
+        return torch.device("cpu") if self._offload == "cpu" else device
 
 
 @contextmanager
@@ -190,7 +203,7 @@ def for_inference(model: nn.Module, plugin: Any, leaves: Sequence[type]) -> Iter
 
 def _without_training(stated: dict[str, Any]) -> dict[str, Any]:
     """What a DeepSpeed configuration says of anything but training."""
-    needed = ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "aio")
+    needed = ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps")
     config: dict[str, Any] = {key: stated[key] for key in needed if key in stated}
     sharding = stated["zero_optimization"]
     config["zero_optimization"] = {key: value for key, value in sharding.items() if key != "offload_optimizer"}

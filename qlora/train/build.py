@@ -90,10 +90,13 @@ def prepare_engine(config: JobConfig, runtime: Runtime, train_model: TrainModel)
         ConfigError: rows are to be packed, and this model would let their documents see each other.
     """
     parameters = [p for p in train_model.parameters() if p.requires_grad]
+    optimizer = build_optimizer(
+        parameters, config.train, runtime.device, sharded=runtime.is_zero, on_cpu=runtime.offloads_optimizer
+    )
     engine = processes.prepare(
         runtime,
         train_model,
-        build_optimizer(parameters, config.train, runtime.device, sharded=runtime.is_zero),
+        optimizer,
         max_grad_norm=config.train.max_grad_norm,
         scale_loss=config.model.dtype == "float16",
         leaves=(LoraLayer, LossHead),

@@ -14,12 +14,13 @@ from qlora.errors import ConfigError
 
 
 def build_optimizer(
-    parameters: Iterable[nn.Parameter], config: TrainConfig, device: torch.device, *, sharded: bool
+    parameters: Iterable[nn.Parameter], config: TrainConfig, device: torch.device, *, sharded: bool, on_cpu: bool = False
 ) -> torch.optim.Optimizer:
     """AdamW over the trainable parameters: torch's, or bitsandbytes' 8-bit and paged ones on a GPU.
 
     Args:
         sharded: DeepSpeed will cut up the state (it then needs torch's own).
+        on_cpu: DeepSpeed will update on the CPU, where torch's fused kernel takes a tenth of the time of its plain one.
 
     Raises:
         ConfigError: an optimizer that needs a GPU, or that DeepSpeed cannot shard.
@@ -31,7 +32,7 @@ def build_optimizer(
         "weight_decay": config.weight_decay,
     }
     if config.optimizer == "adamw":
-        return torch.optim.AdamW(list(parameters), **arguments)
+        return torch.optim.AdamW(list(parameters), **arguments, fused=on_cpu or None)
     if device.type != "cuda" or sharded:
         raise ConfigError(
             f"{config.optimizer} needs a GPU and an optimizer state that is not sharded",

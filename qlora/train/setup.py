@@ -52,6 +52,7 @@ def run_training(config: JobConfig, *, dry_run: bool = False, force: bool = Fals
         per_device_batch_size=config.train.per_device_train_batch_size,
         gradient_accumulation_steps=config.train.gradient_accumulation_steps,
         max_grad_norm=config.train.max_grad_norm,
+        optimizer=config.train.optimizer,
         trackers=config.logging.trackers,
         logging_dir=config.train.output_dir,
     )

@@ -36,6 +36,7 @@ SAVES = ["checkpoint.every_steps=3", "checkpoint.keep_last=10"]
 DROPOUT = ["lora.lora_dropout=0.1"]
 RECOMPUTE = ["train.gradient_checkpointing=true"]
 REENTRANT = [*RECOMPUTE, "train.gradient_checkpointing_kwargs.use_reentrant=true"]
+EVALUATES = ["data.eval=[{eval}]", "eval.every_steps=2"]
 WHOLLY = ["lora.train_norms=true", "lora.train_embeddings=true", "lora.train_head=true"]
 SIX = ["train.gradient_accumulation_steps=1", "train.max_steps=5", *SAVES]
 
@@ -76,6 +77,13 @@ def _wholly(world: str) -> dict[str, Job]:
     return {"wholly": Job(job), "wholly_resumed": Job(job, after=f"{world}.wholly")}
 
 
+def _offload(*, after: str) -> dict[str, Job]:
+    """What a base does that is not on the GPU."""
+    job = [*ACC2, *SAVES, *DROPOUT, *RECOMPUTE, *EVALUATES]
+    tiny = [*ACC1, "model.base=builtin:tiny", "train.max_steps=2"]  # each of its packed weights fills pages
+    return {"recompute": Job(job), "resumed": Job(job, after=after), "tiny": Job(tiny)}
+
+
 WORLDS = {
     "single": World(
         "single", 1, _usual(after="single.dropout") | _wholly("single") | {"dry": Job(ACC1, options=["--dry-run"])}
@@ -110,6 +118,17 @@ WORLDS = {
             "six_reentrant": Job([*SIX, "train.per_device_train_batch_size=2", *REENTRANT]),
         },
     ),
+    "zero3_offload": World(
+        "zero3_offload",
+        2,
+        _offload(after="zero3_offload.recompute")
+        | {
+            "acc1": Job([*ACC1, *SAVES, *EVALUATES]),
+            "from_zero3": Job([*ACC1, *SAVES], after="zero3.acc2"),
+        },
+    ),
+    "zero3_nvme": World("zero3_nvme", 2, _offload(after="zero3_nvme.recompute")),
+    "zero3_again": World("zero3", 2, {"from_offload": Job([*ACC1, *SAVES, *EVALUATES], after="zero3_offload.acc1")}),
     "again": World("single", 1, {"from_zero3": Job([*ACC1, *SAVES], after="zero3.acc2")}),
 }
 

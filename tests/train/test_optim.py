@@ -68,3 +68,10 @@ def test_adamw_takes_the_jobs_numbers() -> None:
     assert type(optimizer) is torch.optim.AdamW
     group = optimizer.param_groups[0]
     assert (group["lr"], group["betas"], group["eps"], group["weight_decay"]) == (0.1, (0.8, 0.9), 1e-6, 0.3)
+
+
+def test_what_is_updated_on_the_cpu_is_updated_by_the_fused_kernel() -> None:
+    for on_cpu in (True, False):
+        parameter = torch.nn.Parameter(torch.zeros(2))
+        optimizer = build_optimizer([parameter], TrainConfig(), CPU, sharded=True, on_cpu=on_cpu)
+        assert bool(optimizer.param_groups[0]["fused"]) == on_cpu
