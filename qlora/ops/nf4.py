@@ -97,11 +97,23 @@ def pack_statistics(absmax: Tensor, spec: QuantSpec) -> Tensor:
     if not spec.double_quant:
         return absmax.view(torch.uint8)
     # The same three steps as bitsandbytes.functional.quantize_4bit with compress_statistics.
-    mean = absmax.mean()
+    mean = _mean(absmax)
     codes, nested = torch.ops.bitsandbytes.quantize_blockwise.default(
         absmax - mean, dynamic_code(absmax.device), NESTED_BLOCK_SIZE
     )
     return torch.cat([mean.reshape(1).view(torch.uint8), nested.view(torch.uint8), codes])
+
+
+def _mean(absmax: Tensor) -> Tensor:
+    """The mean as one thread computes it. On CPUs torch splits a sum over its threads, and the last bit depends on them."""
+    if absmax.device.type != "cpu":
+        return absmax.mean()
+    num_threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        return absmax.mean()
+    finally:
+        torch.set_num_threads(num_threads)
 
 
 def quantize(weight: Tensor, spec: QuantSpec) -> tuple[Tensor, Tensor]:

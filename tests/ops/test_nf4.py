@@ -52,6 +52,23 @@ def dequantize_by_hand(
     return (table[halves] * scales).reshape(shape)
 
 
+def test_statistics_do_not_depend_on_the_number_of_threads() -> None:
+    """torch's own sum on CPUs does, and ranks of a launch have other threads than a process alone."""
+    scales = torch.rand(40_000, generator=torch.Generator().manual_seed(0))
+    before, found, plain = torch.get_num_threads(), [], []
+    try:
+        for num_threads in (1, 2, 3):
+            torch.set_num_threads(num_threads)
+            found.append(nf4.pack_statistics(scales, QuantSpec()))
+            plain.append(scales.mean())
+            assert torch.get_num_threads() == num_threads
+    finally:
+        torch.set_num_threads(before)
+    assert torch.equal(found[0], found[1])
+    assert torch.equal(found[0], found[2])
+    assert plain[0] != plain[1], "this many scales no longer show it"
+
+
 def in_dtype(state: QuantState, dtype: torch.dtype) -> QuantState:
     state = copy.deepcopy(state)
     state.dtype = dtype
