@@ -2,14 +2,14 @@
 
 Makes a Llama of about 4 GB in bf16 on disk, then
 
-1. loads it with 1, 2 and 4 ranks and prints for each rank: bytes read, seconds, peak resident memory, bytes kept;
-2. trains one step on two ranks, here and with transformers + PEFT + DeepSpeed ZeRO-3, where each rank first holds the
-   whole model, and prints the peak resident memory of the whole job.
+- `--part loading` loads it with 1, 2 and 4 ranks and prints for each: bytes read, seconds, peak resident memory, bytes kept;
+- `--part training` trains one step on two ranks, here and with transformers + PEFT + DeepSpeed ZeRO-3, where each rank first
+  holds the whole model, and prints the peak resident memory of the whole job.
 
 Memory is the kernel's high-water mark (VmHWM, mapped pages included) less that of the same job on the embedded base; each
 job is a launch of its own, in the order A B B A, one thread a rank.
 
-    python benchmarks/sharded_load.py [--layers 17] [--runs 3] [--results benchmarks/results/sharded_load_MACHINE_DATE.md]
+    python benchmarks/sharded_load.py [--part training] [--layers 17] [--runs 3] [--results benchmarks/results/NAME.md]
 """
 
 from __future__ import annotations
@@ -209,8 +209,8 @@ def work(kind: str, base: str, folder: Path) -> None:
     (folder / "said" / f"{said['rank']}.json").write_text(json.dumps(said))
 
 
-def measure(base: Path, folder: Path, runs: int) -> list[str]:
-    """All figures, as lines of Markdown."""
+def measure_loading(base: Path, folder: Path, runs: int) -> list[str]:
+    """Loading alone on 1, 2 and 4 ranks, as lines of Markdown."""
     file_bytes, whole, largest = sizes(base)
     lines = [
         f"- base on disk, bf16: {file_bytes / 1e6:,.0f} MB; quantized: {whole / 1e6:,.0f} MB with its statistics; "
@@ -240,7 +240,16 @@ def measure(base: Path, folder: Path, runs: int) -> list[str]:
         ]  # fmt: skip
         lines.append(f"| {' | '.join(cells)} |")
     ratio = worst(2, str(base), "seconds") / worst(1, str(base), "seconds")
-    lines += ["", f"- **load time at 2 ranks: {ratio:.2f} of that at 1 rank**", ""]
+    return [
+        *lines,
+        "",
+        f"- **load time at 2 ranks: {ratio:.2f} of that at 1 rank**",
+        f"- {runs} runs; machine: {describe()}",
+    ]
+
+
+def measure_training(base: Path, folder: Path, runs: int) -> list[str]:
+    """A whole job of one step on two ranks, here and the usual way, as lines of Markdown."""
     peaks: dict[tuple[str, str], list[int]] = {}
     times: dict[str, list[float]] = {}
     for number in range(runs):
@@ -254,7 +263,7 @@ def measure(base: Path, folder: Path, runs: int) -> list[str]:
         kind: statistics.median(peaks[kind, str(base)]) - statistics.median(peaks[kind, "builtin:tiny"])
         for kind in ("ours", "usual")
     }
-    lines += [
+    return [
         "One training step on two ranks under ZeRO-3, a rank's peak resident memory above the same job on builtin:tiny:",
         "",
         f"- here {added['ours'] / 1e6:,.0f} MB, transformers + PEFT {added['usual'] / 1e6:,.0f} MB: "
@@ -263,7 +272,6 @@ def measure(base: Path, folder: Path, runs: int) -> list[str]:
         f"transformers + PEFT {statistics.median(times['usual']):.0f}",
         f"- {runs} runs; machine: {describe()}",
     ]
-    return lines
 
 
 def main() -> None:
@@ -271,6 +279,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--layers", type=int, default=17)
     parser.add_argument("--runs", type=int, default=3)
+    parser.add_argument("--part", choices=("loading", "training"), default="loading")
     parser.add_argument("--results", type=Path)
     parser.add_argument("--base", help="a base made before (--worker: the base to load)")
     parser.add_argument("--worker", choices=("load", "ours", "usual"), help=argparse.SUPPRESS)
@@ -287,7 +296,8 @@ def main() -> None:
         row = {"prompt": "What is it?", "completion": "A short answer."}
         (folder / "train.jsonl").write_text((json.dumps(row) + "\n") * 8)
         (folder / "job.yaml").write_text("{}\n")
-        lines = measure(base, folder, arguments.runs)
+        parts = {"loading": measure_loading, "training": measure_training}
+        lines = parts[arguments.part](base, folder, arguments.runs)
     print("\n".join(lines))
     if arguments.results:
         write_results(arguments.results, "Loading in shares, beside the usual way", __file__, lines)

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from qlora.plan.shapes import BaseShapes
 
 NOT_COUNTED = "activations but for what is named above, CUDA and NCCL; `qlora train --dry-run` measures all of it"
-_UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}
+_UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}
 _CELL = 11
 
 
@@ -70,8 +70,8 @@ def plan(
 
 
 def parse_size(text: str) -> int:
-    """Return `80GiB`, `80 GB` or a number of bytes as bytes. Raises ConfigError."""
-    found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]*)\s*", text)
+    """Return `80GiB` or `80 GB` as bytes. Raises ConfigError, also where there is no unit."""
+    found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]+)\s*", text)
     unit = _UNITS.get(found[2].upper()) if found else None
     if found is None or unit is None or not float(found[1]):
         raise ConfigError("not a size", place="--gpu-memory", found=text, wanted="a number and KiB, MiB, GiB or TiB: 80GiB")

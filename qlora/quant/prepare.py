@@ -64,6 +64,7 @@ def run_prepare(
     source = resolve_base(base, revision)
     skeleton = read_skeleton(source, wanted, quantization)
     _check_unquantized(source, skeleton)
+    _check_skipped(skeleton, quantization)
     stated = _quantization_config(skeleton, wanted)
     tensors = [*_plan(skeleton, wanted)]
     try:
@@ -93,6 +94,17 @@ def _check_unquantized(source: BaseSource, skeleton: Skeleton) -> None:
             place=str(source.folder),
             wanted="an unquantized base",
             next_step=f"train on it as it is, or prepare {origin.name if origin else 'the unquantized base'}",
+        )
+
+
+def _check_skipped(skeleton: Skeleton, quantization: QuantizationConfig) -> None:
+    unused = [name for name in quantization.skip_modules if f"skip_modules: {name}" not in skeleton.unquantized.values()]
+    if unused:
+        raise BaseModelError(
+            "no linear layer that would be quantized has this name",
+            place="--skip-module",
+            found=", ".join(unused),
+            wanted="a path, or the end of one",
         )
 
 

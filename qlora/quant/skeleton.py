@@ -25,7 +25,7 @@ from qlora.quant import shards
 from qlora.quant.linear import Linear4bit
 from qlora.quant.pickled import read_pickled_entries
 from qlora.quant.shards import JoinedEntry, TensorEntry
-from qlora.quant.source import BaseSource
+from qlora.quant.source import ORIGIN_NAME, BaseSource
 
 
 @dataclass
@@ -137,15 +137,33 @@ def _bitsandbytes_config(source: BaseSource) -> QuantizationConfig | None:
 
 
 def _as_stored(found: QuantizationConfig, source: BaseSource, fillings: dict[str, Filling]) -> QuantizationConfig:
-    """What config.json does not say: the block size, and of a prepared base everything that was asked for."""
-    if source.origin is not None:
-        return source.origin.quantization
-    sizes = [filling.came.state.spec.block_size for filling in fillings.values() if filling.came is not None]
-    return found.model_copy(update={"block_size": sizes[0]}) if sizes else found
+    """What config.json does not say: the block size, and of a prepared base everything that was asked for.
+
+    Raises:
+        BaseModelError: the record of a prepared base says something else than its weights.
+    """
+    states = [filling.came.state.spec for filling in fillings.values() if filling.came is not None]
+    if not states:
+        return found
+    spec = states[0]
+    stored = {"quant_type": spec.quant_type, "block_size": spec.block_size, "double_quant": spec.double_quant}
+    if source.origin is None:
+        return found.model_copy(update=stored)
+    recorded = source.origin.quantization
+    if any(getattr(recorded, name) != value for name, value in stored.items()):
+        raise BaseModelError(
+            "the record of what this base was prepared from does not fit its weights",
+            place=str(source.folder / ORIGIN_NAME),
+            found=recorded.model_dump(include=set(stored)),
+            wanted=stored,
+            next_step="prepare the base again, or delete the record",
+        )
+    return recorded
 
 
 def _build(source: BaseSource, dtype: torch.dtype, attention: str) -> Any:
     """The architecture on the meta device."""
+    from huggingface_hub.errors import StrictDataclassError
     from transformers import AutoConfig, AutoModelForCausalLM
 
     try:
@@ -157,9 +175,9 @@ def _build(source: BaseSource, dtype: torch.dtype, attention: str) -> Any:
                 attn_implementation=None if attention == "auto" else attention,
                 trust_remote_code=False,
             )
-    except (ValueError, KeyError, ImportError) as error:
+    except (ValueError, KeyError, ImportError, StrictDataclassError) as error:
         raise BaseModelError(
-            f"transformers cannot build this architecture: {str(error).splitlines()[0]}",
+            f"transformers cannot build this architecture: {' '.join(str(error).split())}",
             place=str(source.folder / "config.json"),
             wanted="a causal language model that transformers knows without remote code",
         ) from error

@@ -109,13 +109,18 @@ def test_errors_say_what_to_do(job_file: str, capsys: pytest.CaptureFixture[str]
 
 
 @pytest.mark.parametrize(
-    ("text", "size"), [("80GiB", 80 * 2**30), ("80 gb", 80 * 10**9), ("1.5TiB", 3 * 2**39), ("4096", 4096)]
+    ("text", "size"),
+    [
+        ("80GiB", 80 * 2**30),
+        ("80 gb", 80 * 10**9),
+        ("1.5TiB", 3 * 2**39),
+    ],
 )
 def test_sizes(text: str, size: int) -> None:
     assert parse_size(text) == size
 
 
-@pytest.mark.parametrize("text", ["", "GiB", "-1GiB", "0", "80 parsecs", "1e3MiB"])
+@pytest.mark.parametrize("text", ["", "GiB", "-1GiB", "0", "80", "80 parsecs", "1e3MiB"])
 def test_what_is_no_size(text: str) -> None:
     with pytest.raises(ConfigError, match="not a size"):
         parse_size(text)
