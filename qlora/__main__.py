@@ -3,6 +3,10 @@
 import sys
 
 from qlora.cli.main import main
+from qlora.distributed.leave import is_one_of_several, leave
 
 if __name__ == "__main__":
-    sys.exit(main())
+    code = main()
+    if is_one_of_several():
+        leave(code)
+    sys.exit(code)

@@ -18,6 +18,7 @@ import torch.distributed as dist
 
 from qlora.config.load import load_config
 from qlora.data.batch import collate_packed
+from qlora.distributed.leave import leave
 from qlora.quant.linear import Linear4bit
 
 counted = {"gathered": 0, "at_once": 0}
@@ -85,3 +86,4 @@ def main() -> None:
 
 if __name__ == "__main__":
     main()
+    leave(0)
