@@ -42,8 +42,9 @@ def make_base(folder: Path) -> None:
 
 def sizes(folder: Path) -> tuple[int, int, int]:
     """(bytes of the files, bytes of the quantized model, bytes of the largest tensor in 16 bits)."""
+    from qlora.model_files import find_weight_files
     from qlora.ops.nf4 import QuantSpec
-    from qlora.quant.shards import find_weight_files, read_entries
+    from qlora.quant.shards import read_entries
 
     spec = QuantSpec()
     quantized = largest = 0

@@ -80,8 +80,9 @@ def make_base(folder: Path, layers: int) -> None:
 
 def sizes(folder: Path) -> tuple[int, int, int]:
     """(bytes of the files, bytes of the quantized base, bytes of its largest tensor as it is kept)."""
+    from qlora.model_files import find_weight_files
     from qlora.ops.nf4 import QuantSpec
-    from qlora.quant.shards import find_weight_files, read_entries
+    from qlora.quant.shards import read_entries
 
     spec, kept = QuantSpec(), []
     for name, entry in read_entries(folder).items():
