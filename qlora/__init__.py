@@ -13,10 +13,14 @@ from qlora.version import __version__
 if TYPE_CHECKING:
     from qlora.adapter.base import load_base
     from qlora.adapter.files import delete_adapter, load_adapter, save_adapter
+    from qlora.adapter.hotswap import hotswap_adapter
     from qlora.config.schema import JobConfig, LoraConfig, QuantizationConfig
     from qlora.errors import QloraError
     from qlora.lora.inject import inject_lora
-    from qlora.lora.layer import LoraLayer, LoraLinear, disable_adapter, merge_adapter, unmerge_adapter
+    from qlora.lora.layer import LoraLayer, disable_adapter, merge_adapter, unmerge_adapter
+    from qlora.lora.linear import LoraLinear
+    from qlora.lora.mix import mix_adapters
+    from qlora.lora.switch import adapters_by_row, set_adapter
 
 _HOMES = {
     "load_base": "qlora.adapter.base",
@@ -29,7 +33,11 @@ _HOMES = {
     "QloraError": "qlora.errors",
     "inject_lora": "qlora.lora.inject",
     "LoraLayer": "qlora.lora.layer",
-    "LoraLinear": "qlora.lora.layer",
+    "LoraLinear": "qlora.lora.linear",
+    "adapters_by_row": "qlora.lora.switch",
+    "hotswap_adapter": "qlora.adapter.hotswap",
+    "mix_adapters": "qlora.lora.mix",
+    "set_adapter": "qlora.lora.switch",
     "disable_adapter": "qlora.lora.layer",
     "merge_adapter": "qlora.lora.layer",
     "unmerge_adapter": "qlora.lora.layer",
@@ -42,13 +50,17 @@ __all__ = [
     "QloraError",
     "QuantizationConfig",
     "__version__",
+    "adapters_by_row",
     "delete_adapter",
     "disable_adapter",
+    "hotswap_adapter",
     "inject_lora",
     "load_adapter",
     "load_base",
     "merge_adapter",
+    "mix_adapters",
     "save_adapter",
+    "set_adapter",
     "unmerge_adapter",
 ]
 

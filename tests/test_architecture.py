@@ -26,7 +26,7 @@ LAYERS = (
     ("quant",),
     ("distributed",),
     ("ops",),
-    ("config",),
+    ("config", "model_files"),
     ("errors", "files", "version"),  # each stands alone
 )
 LEVEL = {name: len(LAYERS) - depth for depth, names in enumerate(LAYERS) for name in names}
@@ -44,6 +44,7 @@ TORCH_FREE = (
     "qlora.lora.target",
     "qlora.errors",
     "qlora.files",
+    "qlora.model_files",
     "qlora.version",
 )
 HEAVY = ("torch", "transformers", "accelerate", "deepspeed", "bitsandbytes", "datasets", "peft")

@@ -4,15 +4,21 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
 
-from qlora.config.schema import QuantizationConfig
+from qlora.adapter.new_tokens import add_tokens, tokens_to_add
+from qlora.adapter.read import open_adapter
+from qlora.config.schema import LoraConfig, QuantizationConfig
 from qlora.data.tokenizer import check_vocabulary, load_tokenizer
 from qlora.distributed.collectives import whole_shape
 from qlora.distributed.sharding import Sharding
+from qlora.lora.from_weights import FromWeights
+from qlora.lora.starts import needs_weights
 from qlora.quant.load import load_model
+from qlora.quant.residual import InitialFactors, Method
 from qlora.quant.source import resolve_base
 
 DEFAULT_QUANTIZATION = QuantizationConfig()
@@ -30,30 +36,54 @@ def load_base(
     sharding: Sharding | None = None,
     check_room: bool = True,
     progress: Callable[[int, int], None] | None = None,
+    lora: LoraConfig | None = None,
+    seed: int = 0,
+    adapter: str | Path | None = None,
 ) -> tuple[Any, Any]:
     """Load a frozen base, quantized while it is read, and its tokenizer. Rank-local, or with a sharding a collective.
 
     Args:
         base: `builtin:tiny`, a Hugging Face folder, or a hub id.
-        dtype: of unquantized weights and of 4-bit arithmetic.
+        dtype: of unquantized weights, and what quantized layers compute in.
         quantization: None leaves the base as it is.
         device: None is the current GPU, or the CPU.
         sharding: how ranks share one copy (`Runtime.sharding`); None keeps a whole one.
         check_room: refuse a base that the free memory does not hold.
+        lora: what will be injected. Where it starts from the base's weights (PiSSA, OLoRA, LoftQ), these are decomposed
+            while they are read, and `inject_lora` with the same config starts from what was found. Its new tokens
+            are added, and the base gets rows for them where it has none.
+        seed: of what is drawn at random for that.
+        adapter: the folder of an adapter that will be loaded, or trained on. Where it started from the base's weights, the
+            base is rebuilt as that adapter's is, and so are its new tokens, whatever `lora` says.
 
     Returns:
         The transformers model, in eval mode with its forward unchanged, and the tokenizer.
 
     Raises:
+        ConfigError: `lora` starts from the base's weights, and this base or one of the targeted layers cannot do that.
+        AdapterError: see `adapter.read.open_adapter`.
         BaseModelError: see `quant.source.resolve_base`, `quant.load.load_model`; also a tokenizer with more tokens than
             the embedding has rows.
     """
     sharding = sharding or Sharding()
     source = sharding.together(partial(resolve_base, base, revision, allow_pickle=allow_pickle))
     tokenizer = sharding.together(partial(load_tokenizer, str(source.folder)))
+    asked = lora.new_tokens if lora is not None else ()
+    new = sharding.together(lambda: add_tokens(tokenizer, tokens_to_add(adapter, asked)))
+    recorded = sharding.together(partial(_recorded, adapter)) if adapter is not None else None
+    wanted: Method | InitialFactors | None = recorded
+    if adapter is None and lora is not None and needs_weights(lora):
+        wanted = FromWeights(lora, seed)
     model = load_model(
         source, dtype=dtype, quantization=quantization, device=device, attention=attention, sharding=sharding,
-        check_room=check_room, progress=progress,
+        check_room=check_room, progress=progress, initial=wanted, num_rows=new.num_rows if new is not None else None,
     )  # fmt: skip
+    model.qlora_new_tokens = new
     check_vocabulary(tokenizer, whole_shape(model.get_input_embeddings().weight)[0])
     return model, tokenizer
+
+
+def _recorded(folder: str | Path) -> InitialFactors | None:
+    """The factors that an adapter started from, where they were found from the base's weights. Rank-local."""
+    found = open_adapter(folder)
+    return found.initial.read() if found.initial is not None else None

@@ -10,10 +10,15 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from qlora.errors import AdapterError
+from qlora.lora.kinds import KINDS
+from qlora.lora.token_rows import ROWS
 
 PREFIX = "base_model.model."
 # What PEFT also writes beside a targeted embedding or head: the base's own weight, which must match the base.
-BASE_SUFFIX = ".base_layer.weight"
+BASE = "base_layer.weight"
+# What a tensor of an update is called behind the path of its layer.
+UPDATE_PARTS = frozenset(part for kind in KINDS for part in kind.TABLES)
+PARTS_A, PARTS_B = (frozenset(list(kind.TABLES)[index] for kind in KINDS) for index in (0, 1))
 
 
 @dataclass(frozen=True)
@@ -22,17 +27,26 @@ class AdapterKey:
 
     Attributes:
         path: module path in the base.
-        part: "lora_A", "lora_B", "base" (a copy of the base's weight), or the parameter's own name in a module that is
-            trained as a whole.
+        part: what follows it in the file: a tensor of an update (`UPDATE_PARTS`), BASE for a copy of the base's weight, ROWS
+            for rows of tokens, or a parameter's own name in a module that is trained as a whole.
     """
 
     path: str
     part: str
 
+    @property
+    def is_of_update(self) -> bool:
+        """Whether it belongs to a LoRA layer."""
+        return self.part in UPDATE_PARTS
+
+    @property
+    def is_of_whole(self) -> bool:
+        """Whether it takes the place of a parameter of the base."""
+        return not self.is_of_update and self.part not in (BASE, ROWS)
+
     def in_file(self) -> str:
         """The key in an adapter file."""
-        suffix = f".{self.part}.weight" if self.part in ("lora_A", "lora_B") else f".{self.part}"
-        return PREFIX + self.path + suffix
+        return f"{PREFIX}{self.path}.{self.part}"
 
 
 def parse_key(key: str, place: str) -> AdapterKey:
@@ -42,12 +56,12 @@ def parse_key(key: str, place: str) -> AdapterKey:
             f"the tensor {key} is no part of a PEFT adapter", place=place, wanted=f"names that begin {PREFIX}"
         )
     rest = key[len(PREFIX) :]
-    for part in ("lora_A", "lora_B"):
-        if rest.endswith(f".{part}.weight"):
-            return AdapterKey(rest.removesuffix(f".{part}.weight"), part)
-    if rest.endswith(BASE_SUFFIX):
-        return AdapterKey(rest.removesuffix(BASE_SUFFIX), "base")
+    for part in (*UPDATE_PARTS, BASE, ROWS):
+        if rest.endswith(f".{part}") and rest != f".{part}":
+            return AdapterKey(rest.removesuffix(f".{part}"), part)
     if any(mark in rest for mark in (".lora_", "lora_magnitude", "trainable_tokens", ".modules_to_save.")):
         raise AdapterError(f"the tensor {key} is of a kind this version cannot apply", place=place)
     path, _, part = rest.rpartition(".")
+    if not path or not part:
+        raise AdapterError(f"the tensor {key} names no module", place=place)
     return AdapterKey(path, part)

@@ -1,78 +1,115 @@
-"""`qlora merge`: base and adapter into one model folder, from files to files, one tensor at a time.
+"""`qlora merge`: base and adapter into one model folder, from files to files, a few rows of a tensor at a time.
 
-    dequantized   W' = dequantize(quantize(W)) + s B A: the function that was trained, also in layers without an adapter
-    original      W' = W + s B A: the base as it was before it was quantized
-
-Names, layout and sharing of the base's files are kept, so that whatever opened the base opens the result.
+`adapter.merge_plan` says what the folder holds. Names and layout of the base's files are kept, so that whatever opened the
+base opens the result. Of weights that the base ties, one that the adapter changes alone gets a tensor of its own.
 """
 
 from __future__ import annotations
 
+import json
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
-from torch import Tensor
 
-from qlora.adapter.files import TEMPLATE_NAME, AdapterFile, open_adapter
-from qlora.adapter.keys import AdapterKey
+from qlora.adapter import merge_report
+from qlora.adapter.expert_keys import in_model
+from qlora.adapter.folder import inside
+from qlora.adapter.merge_plan import DEQUANTIZED, FORMS, ORIGINAL, QUANTIZED, plan_merge
+from qlora.adapter.read import TEMPLATE_NAME, AdapterFile, open_adapter
 from qlora.config.schema import QuantizationConfig
 from qlora.distributed.sharding import Sharding
-from qlora.errors import AdapterError
-from qlora.ops import nf4
-from qlora.quant.linear import Linear4bit
+from qlora.errors import AdapterError, BaseModelError
 from qlora.quant.model_folder import copy_rest, new_folder
-from qlora.quant.shards import TensorEntry
-from qlora.quant.skeleton import Prequantized, Skeleton, read_skeleton
+from qlora.quant.prepare import quantization_config
+from qlora.quant.residual import change_base
+from qlora.quant.skeleton import Skeleton, read_skeleton
 from qlora.quant.source import BaseSource, fingerprints_of, resolve_base
-from qlora.quant.write import Planned, write_model
+from qlora.quant.write import SHARD_BYTES, Planned, write_model
+
+# What an adapter that added tokens brings along, in place of the base's.
+TOKENIZER_NAMES = (
+    *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"),
+    *("vocab.json", "vocab.txt", "merges.txt", "tokenizer.model", "spiece.model"),
+)
+
+
+@dataclass(frozen=True)
+class Parts:
+    """What is merged.
+
+    Attributes:
+        found: the adapter, with the paths that its layers have in the model.
+        source, quantization, dtype: the base, and how it was quantized and computed while the adapter was trained.
+        skeleton: this base without its weights.
+    """
+
+    found: AdapterFile
+    source: BaseSource
+    quantization: QuantizationConfig | None
+    dtype: torch.dtype
+    skeleton: Skeleton
 
 
 def run_merge(
-    adapter: Path, out: Path, *, onto: str = "dequantized", dtype: str | None = None, base: str | None = None
+    adapter: Path,
+    out: Path,
+    *,
+    onto: str = DEQUANTIZED,
+    dtype: str | None = None,
+    base: str | None = None,
+    shard_bytes: int = SHARD_BYTES,
+    report: str | None = None,
+    measure_all: bool = False,
 ) -> Path:
     """Write the merged model. Rank-local, on the CPU. Returns the folder; nothing is left where it fails.
 
+    Memory is that of about two of the largest tensors. A report loads whole models, one after another.
+
     Args:
-        onto: "dequantized" or "original".
+        onto: one of `merge_plan.FORMS`.
         dtype: of the result; None is what the adapter was trained in.
         base: in place of the recorded one.
+        shard_bytes: the most a file holds; see `quant.write.write_model`.
+        report: a file of text or rows to compare the result with base and adapter on, or `merge_report.BUILTIN`. None is
+            no report. See `merge_report.write`.
+        measure_all: compare all forms that can be made of this base, not only the one that is written.
 
     Raises:
-        AdapterError: no base is recorded, another base, `original` of a base that came quantized, or shapes that differ.
+        AdapterError: no base is recorded, another base, a form that cannot be made of it, an adapter that does not fit, or
+            no room to write.
+        BaseModelError, DataError: the base or the report's text cannot be read.
     """
+    parts = _find(adapter, base)
+    _refuse_form(parts, onto)
+    wanted = getattr(torch, dtype) if dtype else parts.dtype
+    text = merge_report.read_text(report, parts.source.folder, adapter) if report is not None else None
+    try:
+        with new_folder(out) as folder:
+            write_form(parts, folder, onto, wanted, shard_bytes, out)
+            if text is not None:
+                forms = [onto, *(form for form in FORMS if measure_all and form != onto and not why_not(parts, form))]
+                _measure(parts, folder, forms, wanted, text, out)
+    except OSError as error:
+        raise AdapterError(
+            f"the merged model cannot be written ({error.strerror})",
+            place=str(out),
+            next_step="make room, or choose a folder elsewhere",
+        ) from error
+    return out
+
+
+def _find(adapter: Path, base: str | None) -> Parts:
+    """Open the adapter, and the base it was trained on. Raises AdapterError, BaseModelError."""
     found = open_adapter(adapter)
     name = base or found.config.base
     if name is None:
         raise AdapterError("the adapter does not say which base it is for", place=str(adapter), next_step="give --base")
     source = resolve_base(name, None if base else found.config.revision)
-    _check_base(found, source)
-    stated = found.described.get("quantization", QuantizationConfig().model_dump())
-    quantization = None if stated is None else QuantizationConfig.model_validate(stated)
-    trained_dtype = getattr(torch, found.described.get("dtype", "bfloat16"))
-    skeleton = read_skeleton(source, trained_dtype, quantization)
-    if onto == "original" and skeleton.came_quantized:
-        unquantized = f"{source.origin.name}, which it was prepared from," if source.origin else "the unquantized base"
-        raise AdapterError(
-            "the base came in 4 bits, so there are no original weights in its folder",
-            place=str(source.folder),
-            next_step=f"merge onto dequantized, or give {unquantized} with --base",
-        )
-    wanted = getattr(torch, dtype) if dtype else trained_dtype
-    try:
-        with new_folder(out) as folder:
-            write_model(folder, _plan(skeleton, found, onto, wanted))
-            copy_rest(source, folder, str(wanted).removeprefix("torch."))
-            if (adapter / TEMPLATE_NAME).is_file():
-                shutil.copyfile(adapter / TEMPLATE_NAME, folder / TEMPLATE_NAME)
-    except OSError as error:
-        raise AdapterError(f"the merged model cannot be written ({error.strerror})", place=str(out)) from error
-    return out
-
-
-def _check_base(found: AdapterFile, source: BaseSource) -> None:
     recorded = found.described.get("base") or {}
     theirs, ours = fingerprints_of(recorded), fingerprints_of(source.record())
     if theirs and ours and not theirs & ours:
@@ -82,94 +119,109 @@ def _check_base(found: AdapterFile, source: BaseSource) -> None:
             found=f"{recorded['name']} ({str(recorded.get('fingerprint'))[:12]})",
             wanted=f"{source.name} ({str(source.fingerprint)[:12]})",
         )
+    stated = found.described.get("quantization", QuantizationConfig().model_dump())
+    quantization = None if stated is None else QuantizationConfig.model_validate(stated)
+    dtype: torch.dtype = getattr(torch, found.described.get("dtype", "bfloat16"))
+    skeleton = read_skeleton(source, dtype, quantization)
+    if found.initial is not None:
+        # From here on the base's weights are read as what was left of them when the adapter started.
+        change_base(skeleton, found.initial.read(), Sharding(), torch.device("cpu"), dtype)
+    return Parts(in_model(skeleton.model, found), source, quantization, dtype, skeleton)
 
 
-def _plan(skeleton: Skeleton, found: AdapterFile, onto: str, dtype: torch.dtype) -> Iterator[Planned]:
-    """Every tensor of the result under its name in the base's files."""
-    scaling = found.config.scaling
-    unused = set(found.targeted) | set(found.trained)
-    own = {key: AdapterKey(*_split(key)) for key in skeleton.fillings}
-    for key, filling in skeleton.fillings.items():
-        path = own[key].path
-        module = skeleton.model.get_submodule(path)
-        is_weight = own[key].part == "weight"
-        replaced = found.entries.get(own[key])
-        low_rank = is_weight and AdapterKey(path, "lora_A") in found.entries
-        if (low_rank or replaced is not None) and filling.converter is not None:
-            raise AdapterError(f"{path} is made of several tensors of the base's files and cannot be merged into")
-        for entry in filling.entries:
-            if low_rank or replaced is not None:
-                unused.discard(path)
-            low_rank_path = path if low_rank else None
-            make = _maker(module if is_weight else None, entry, filling.came, replaced, found, low_rank_path, scaling, onto)
-            shape = entry.shape
-            if filling.came is not None:
-                shape = filling.came.state.shape[:: -1 if module.transposed_in_files else 1]
-            target = dtype if filling.came is not None or entry.dtype.is_floating_point else entry.dtype
-            yield Planned(entry.name, shape, target, _cast(make, target))
-    unused -= _stored_with_their_twin(skeleton, found, unused)
-    if unused:
+def why_not(parts: Parts, form: str) -> AdapterError | None:
+    """Why a form cannot be made of this base, or None."""
+    source, skeleton = parts.source, parts.skeleton
+    if form == ORIGINAL and skeleton.came_quantized:
+        unquantized = f"{source.origin.name}, which it was prepared from," if source.origin else "the unquantized base"
+        return AdapterError(
+            "the base came quantized, so there are no original weights in its folder",
+            place=str(source.folder),
+            next_step=f"merge onto dequantized, or give {unquantized} with --base",
+        )
+    if form == QUANTIZED and skeleton.quantization is None:
+        return AdapterError(
+            "the adapter was trained on a base that was not quantized, so there is no quantization to repeat",
+            place=str(parts.found.folder),
+            next_step="merge onto original, and quantize the result with `qlora prepare`",
+        )
+    return None
+
+
+def _refuse_form(parts: Parts, form: str) -> None:
+    error = why_not(parts, form)
+    if error is not None:
+        raise error
+
+
+def write_form(parts: Parts, folder: Path, form: str, dtype: torch.dtype, shard_bytes: int, out: Path) -> None:
+    """Write one form into an empty folder, and open what was written without reading its weights.
+
+    Args:
+        out: what the folder is going to be called, for errors.
+
+    Raises:
+        AdapterError: see `plan_merge`; no room; or the result does not open as what it is to be.
+        OSError: the folder cannot be written.
+    """
+    plan = plan_merge(parts.skeleton, parts.found, form, dtype, parts.dtype)
+    stated = quantization_config(parts.skeleton, dtype) if form == QUANTIZED else None
+    _check_disk(folder, plan.tensors, out)
+    write_model(folder, plan.tensors, shard_bytes)
+    copy_rest(parts.source, folder, str(dtype).removeprefix("torch."), stated)
+    if plan.untied:
+        _edit_config(folder, lambda config: config | {"tie_word_embeddings": False})
+    if plan.vocabulary is not None:
+        _edit_config(folder, lambda config: config | ({"vocab_size": plan.vocabulary} if "vocab_size" in config else {}))
+    adapter = parts.found.folder
+    for name in (TEMPLATE_NAME, *(TOKENIZER_NAMES if plan.vocabulary is not None else ())):
+        if (adapter / name).is_file():
+            shutil.copyfile(inside(adapter, name), folder / name)
+    try:
+        written = read_skeleton(resolve_base(str(folder)), dtype, None)
+    except BaseModelError as error:
         raise AdapterError(
-            f"{len(unused)} layers of the adapter are not in the base's files (a tied head has no weight of its own)",
-            place=str(found.folder),
-            found=", ".join(sorted(unused)[:5]),
+            f"the merged model does not open: {error.message}", place=str(out), found=error.found, wanted=error.wanted
+        ) from error
+    still = [pair for pair in plan.untied if written.model.all_tied_weights_keys.get(pair[0]) == pair[1]]
+    if still:
+        raise AdapterError(
+            "the adapter changes one side of weights that this architecture always ties",
+            place=str(parts.found.folder),
+            found=" and ".join(still[0]),
+            next_step="keep the adapter beside the base",
         )
 
 
-def _stored_with_their_twin(skeleton: Skeleton, found: AdapterFile, unused: set[str]) -> set[str]:
-    """Paths of tied parameters, trained as wholes, whose value was written under the other's name."""
-    stored = set()
-    for pair in skeleton.model.all_tied_weights_keys.items():
-        keys = [AdapterKey(*_split(name)) for name in pair]
-        here = [key for key in keys if key.path not in unused]
-        values = [found.entries[key].read_whole() for key in keys if key in found.entries]
-        if len(here) == 1 and len(values) == 2 and torch.equal(*values):
-            stored |= {key.path for key in keys}
-    return stored
+def _edit_config(folder: Path, change: Callable[[dict[str, Any]], dict[str, Any]]) -> None:
+    """Change config.json, and what it says of the language model in a part of its own."""
+    path = folder / "config.json"
+    config = change(json.loads(path.read_text(encoding="utf-8")))
+    if isinstance(config.get("text_config"), dict):
+        config["text_config"] = change(config["text_config"])
+    path.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
 
 
-def _split(key: str) -> tuple[str, str]:
-    path, _, part = key.rpartition(".")
-    return path, part
+def _check_disk(folder: Path, tensors: list[Planned], out: Path) -> None:
+    """Say before the work what would be said after hours of it."""
+    wanted, free = sum(planned.num_bytes for planned in tensors), shutil.disk_usage(folder).free
+    if wanted > free:
+        gib = 1 << 30
+        raise AdapterError(
+            "the merged model does not fit onto the disk",
+            place=str(out),
+            found=f"{free / gib:.1f} GiB free",
+            wanted=f"{wanted / gib:.1f} GiB",
+            next_step="make room, or choose a folder elsewhere",
+        )
 
 
-def _cast(make: Callable[[], Tensor], dtype: torch.dtype) -> Callable[[], Tensor]:
-    return lambda: make().to(dtype)
-
-
-def _maker(
-    module: Any,
-    entry: TensorEntry,
-    came: Prequantized | None,
-    replaced: TensorEntry | None,
-    found: AdapterFile,
-    low_rank_path: str | None,
-    scaling: float,
-    onto: str,
-) -> Callable[[], Tensor]:
-    """How one tensor of the result is made."""
-
-    def make() -> Tensor:
-        if replaced is not None:
-            return replaced.read_whole()
-        quantized = isinstance(module, Linear4bit)
-        transposed = quantized and module.transposed_in_files
-        if came is not None:
-            packed, statistics = came.read(Sharding(), torch.device("cpu"))
-            weight = nf4.dequantize(packed, statistics, came.state.spec, came.state.shape, torch.float32)
-        else:
-            weight = entry.read_whole()
-            weight = weight.T.contiguous() if transposed else weight
-            if quantized and onto == "dequantized":
-                packed, statistics = nf4.quantize(weight.to(module.compute_dtype), module.spec)
-                weight = nf4.dequantize(packed, statistics, module.spec, tuple(weight.shape), module.compute_dtype)
-        if low_rank_path is not None:
-            A, B = (found.entries[AdapterKey(low_rank_path, part)].read_whole().float() for part in ("lora_A", "lora_B"))
-            if (B.shape[0], A.shape[1]) != tuple(weight.shape):
-                raise AdapterError(
-                    f"{low_rank_path} has another shape", found=(B.shape[0], A.shape[1]), wanted=tuple(weight.shape)
-                )
-            weight = weight.float() + (B @ A) * scaling
-        return weight.T.contiguous() if transposed else weight
-
-    return make
+def _measure(parts: Parts, folder: Path, forms: list[str], dtype: torch.dtype, text: merge_report.Text, out: Path) -> None:
+    """Compare base and adapter with the form that was written, the first, and with others made for this alone."""
+    reference = merge_report.run_unmerged(parts.source, parts.quantization, parts.dtype, parts.found.folder, text)
+    found = {forms[0]: merge_report.compare(reference, folder, dtype, text)}
+    for form in forms[1:]:
+        with TemporaryDirectory(prefix=f".{out.name}.", dir=folder.parent) as other:
+            write_form(parts, Path(other), form, dtype, SHARD_BYTES, out)
+            found[form] = merge_report.compare(reference, Path(other), dtype, text)
+    merge_report.write(folder, text, found, parts.dtype)

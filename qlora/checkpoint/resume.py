@@ -16,7 +16,7 @@ from qlora.checkpoint.state import Identity, TrainerState
 from qlora.config.rules import changed_keys
 from qlora.config.schema import JobConfig, QuantizationConfig
 from qlora.distributed.collectives import set_whole, whole_shape
-from qlora.distributed.runtime import Engine
+from qlora.distributed.engine import Engine
 from qlora.errors import CheckpointError
 from qlora.quant import shards
 from qlora.quant.source import fingerprints_of

@@ -16,7 +16,8 @@ from qlora.adapter.files import adapter_parameters, render_files
 from qlora.checkpoint import state
 from qlora.checkpoint.state import Identity, Manifest, TrainerState
 from qlora.distributed.collectives import whole_parameters
-from qlora.distributed.runtime import Engine, Runtime
+from qlora.distributed.engine import Engine
+from qlora.distributed.runtime import Runtime
 from qlora.errors import CheckpointError
 from qlora.files import sync_folder
 

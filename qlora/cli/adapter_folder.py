@@ -1,7 +1,7 @@
 """What lies in an adapter or checkpoint folder, read without torch and without trust.
 
 Only JSON and the header of `adapter_model.safetensors` are parsed. Before a name inside the folder is opened it must be
-a regular file that does not lead out of the folder; a pickle file is never opened. What is damaged is named, five things
+a regular file that does not lead out of the folder; a pickle file is never opened. What is damaged is named, twenty things
 at most and a count, in one AdapterError.
 """
 
@@ -12,10 +12,12 @@ import json
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Any, Literal
 
-from qlora.cli.tensor_header import TensorInfo, read_header, short, unique_keys
+from qlora.adapter.folder import inside, read_json, short, unique_keys
+from qlora.cli.adapter_tensors import AdapterTensors, sort_tensors
+from qlora.cli.tensor_header import TensorInfo, read_header
 from qlora.config.paths import missing_hint
 from qlora.errors import AdapterError, CheckpointError
 
@@ -23,23 +25,27 @@ CONFIG_NAME = "adapter_config.json"
 WEIGHTS_NAME = "adapter_model.safetensors"
 MANIFEST_NAME = "manifest.json"
 COMMITTED_NAME = "COMMITTED"
-MOST_JSON_BYTES = 64 << 20
-MOST_PROBLEMS = 5
+INITIAL_NAME = "initial_lora.safetensors"
+MOST_PROBLEMS = 20
 PICKLE_SUFFIXES = (".bin", ".ckpt", ".pickle", ".pkl", ".pt", ".pth")
 _STEP_FOLDER = re.compile(r"/checkpoints/step-\d+$")
-_LORA_KEY = re.compile(r"(?P<module>.+)\.lora_(?P<kind>embedding_)?(?P<side>[AB])(?:\.weight)?")
 
 
 @dataclass(frozen=True)
 class AdapterFolder:
-    """A folder whose files were found whole. `recorded` is what this package wrote about the base beside the tensors."""
+    """A folder whose files were found whole.
+
+    Attributes:
+        sorted: what each tensor is for.
+        recorded: what this package wrote about the base beside the tensors.
+    """
 
     path: Path
     kind: Literal["adapter", "checkpoint"]
     config: dict[str, Any]
     tensors: tuple[TensorInfo, ...]
+    sorted: AdapterTensors
     recorded: dict[str, Any]
-    num_lora_modules: int
     manifest: dict[str, Any] | None
     num_verified_files: int
     notes: tuple[str, ...]
@@ -94,49 +100,48 @@ def read_adapter_folder(folder: Path) -> AdapterFolder:
                 found=f"no {COMMITTED_NAME}",
                 next_step="use an older one; a resume skips this one by itself",
             )
-        manifest = _read_json(folder, MANIFEST_NAME)
+        manifest = read_json(folder, MANIFEST_NAME)
         num_verified = _verify_manifest(folder, manifest)
-    config = _read_json(folder, CONFIG_NAME)
-    weights = _inside(folder, WEIGHTS_NAME)
+    config = read_json(folder, CONFIG_NAME)
+    weights = inside(folder, WEIGHTS_NAME)
     tensors, metadata = read_header(weights)
-    num_lora_modules = _check_tensors(weights, tensors)
+    found = sort_tensors(tensors, config)
+    hint = "a sharded run saved without gathering; save the adapter again" if found.is_empty else None
+    _raise_if_any(found.problems, weights, hint)
+    recorded = _recorded(metadata)
+    _raise_if_any(list(_initial_problems(folder, recorded)), folder, "copy the adapter's folder again, as a whole")
     notes = [
         f"{entry.name} is a pickle file; it was not opened"
         for entry in sorted(folder.iterdir())
         if entry.suffix in PICKLE_SUFFIXES
     ]
     kind: Literal["adapter", "checkpoint"] = "checkpoint" if is_checkpoint else "adapter"
-    return AdapterFolder(
-        folder, kind, config, tensors, _recorded(metadata), num_lora_modules, manifest, num_verified, tuple(notes)
-    )
+    return AdapterFolder(folder, kind, config, tensors, found, recorded, manifest, num_verified, tuple(notes))
 
 
 def _recorded(metadata: dict[str, str]) -> dict[str, Any]:
     try:
-        value = json.loads(metadata.get("qlora", "{}"))
+        value = json.loads(metadata.get("qlora", "{}"), object_pairs_hook=unique_keys)
     except (ValueError, RecursionError):  # another writer's key of the same name
         return {}
     return value if isinstance(value, dict) else {}
 
 
-def _check_tensors(path: Path, tensors: tuple[TensorInfo, ...]) -> int:
-    """Return the number of LoRA modules after checking that no tensor is empty and every A has its B."""
-    problems = [f"{tensor.name} is empty, shape {list(tensor.shape)}" for tensor in tensors if tensor.num_parameters == 0]
-    hint = "a sharded run saved without gathering; save the adapter again" if problems else None
-    sides: dict[tuple[str, str], dict[str, TensorInfo]] = {}
-    for tensor in tensors:
-        if match := _LORA_KEY.fullmatch(tensor.name):
-            sides.setdefault((match["module"], match["kind"] or ""), {})[match["side"]] = tensor
-    for (module, kind), pair in sides.items():
-        if len(pair) == 1:
-            (side,) = pair
-            problems.append(f"{module} has lora_{kind}{side} and no lora_{kind}{'B' if side == 'A' else 'A'}")
-        elif len(pair["A"].shape) == len(pair["B"].shape) == 2 and pair["A"].shape[0] != pair["B"].shape[1]:
-            problems.append(f"{module}: lora_A {list(pair['A'].shape)} and lora_B {list(pair['B'].shape)} differ in r")
-    if not tensors:
-        problems.append("it holds no tensors")
-    _raise_if_any(problems, path, hint)
-    return len(sides)
+def _initial_problems(folder: Path, recorded: dict[str, Any]) -> Iterator[str]:
+    """What is wrong with the factors that training started from, which lie in a file of their own."""
+    stated = recorded.get("initial")
+    there = (folder / INITIAL_NAME).exists()
+    if stated is None:
+        if there:
+            yield f"{INITIAL_NAME} lies beside an adapter that knows of none"
+        return
+    try:
+        if not isinstance(stated, dict) or _sha256(inside(folder, INITIAL_NAME)) != stated.get("sha256"):
+            yield f"{INITIAL_NAME} is another adapter's: it has another sha256 than the adapter's metadata says"
+    except AdapterError as error:
+        yield f"{INITIAL_NAME}: {error.message}"
+    except OSError as error:
+        yield f"{INITIAL_NAME} cannot be read: {error.strerror}"
 
 
 def _verify_manifest(folder: Path, manifest: dict[str, Any]) -> int:
@@ -154,7 +159,7 @@ def _manifest_problems(folder: Path, files: dict[str, Any]) -> Iterator[str]:
             yield f"the manifest's entry for {name} is malformed"
             continue
         try:
-            path = _inside(folder, name)
+            path = inside(folder, name)
             size = path.stat().st_size
             if size != wanted.get("size"):
                 yield f"{name} has {size} bytes, the manifest says {wanted.get('size')}"
@@ -176,43 +181,6 @@ def _sha256(path: Path) -> str:
         while chunk := file.read(1 << 20):
             digest.update(chunk)
     return digest.hexdigest()
-
-
-def _inside(folder: Path, name: str) -> Path:
-    """Return the path of a regular file in the folder; refuse a name or a link that leads out of it."""
-    pure = PurePosixPath(name)
-    path = folder / name
-    if not name or "\0" in name or pure.is_absolute() or ".." in pure.parts:
-        raise AdapterError("leads out of its folder", place=str(folder), found=repr(name), wanted="a name inside the folder")
-    try:
-        resolved = path.resolve(strict=True)
-    except (OSError, RuntimeError) as error:
-        raise AdapterError("is missing", place=str(path)) from error
-    if not resolved.is_relative_to(folder.resolve()):
-        raise AdapterError(
-            "is a link that leads out of its folder",
-            place=str(path),
-            found=str(resolved),
-            next_step="make a copy without links, with cp -rL, if you trust where it leads",
-        )
-    if not resolved.is_file():
-        raise AdapterError("is not a regular file", place=str(path))
-    return path
-
-
-def _read_json(folder: Path, name: str) -> dict[str, Any]:
-    path = _inside(folder, name)
-    try:
-        if path.stat().st_size > MOST_JSON_BYTES:
-            raise ValueError(f"larger than {MOST_JSON_BYTES} bytes")
-        value = json.loads(path.read_bytes(), object_pairs_hook=unique_keys)
-    except OSError as error:
-        raise AdapterError(f"cannot be read: {error.strerror}", place=str(path)) from error
-    except (ValueError, RecursionError) as error:
-        raise AdapterError(f"is not JSON: {error}", place=str(path)) from error
-    if not isinstance(value, dict):
-        raise AdapterError("is not a JSON object", place=str(path), found=short(value))
-    return value
 
 
 def _raise_if_any(problems: list[str], path: Path, next_step: str | None) -> None:

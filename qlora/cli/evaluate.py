@@ -9,10 +9,11 @@ import typer
 
 from qlora.cli.adapter_folder import require_adapter
 from qlora.cli.failures import DebugOption
+from qlora.cli.job import ConfigArgument, read_job
 
 
 def evaluate(
-    config: Annotated[Path, typer.Argument(metavar="CONFIG", help="The job file (YAML).", show_default=False)],
+    config: ConfigArgument,
     overrides: Annotated[
         list[str] | None,
         typer.Argument(metavar="KEY=VALUE", help="Laid over the job file: data.eval=[held_out.jsonl]", show_default=False),
@@ -30,11 +31,7 @@ def evaluate(
 
     accelerate launch --config_file launch/accelerate/zero3.yaml -m qlora eval CONFIG
     """
-    from qlora.config.load import load_config
-    from qlora.config.rules import check_job
-
-    job = load_config(config, overrides or [])
-    check_job(job, "eval", str(config))
+    job = read_job(config, overrides, "eval")
     if adapter is not None:
         require_adapter(adapter)
     from qlora.infer.evaluate import run_evaluate

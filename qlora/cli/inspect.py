@@ -13,6 +13,17 @@ from qlora.cli.adapter_folder import AdapterFolder, read_adapter_folder
 from qlora.cli.failures import DebugOption
 from qlora.cli.rows import print_json, print_rows, size_text
 
+SELECTIONS = (
+    "target_modules",
+    "exclude_modules",
+    "layers_to_transform",
+    "rank_pattern",
+    "alpha_pattern",
+    "target_parameters",
+    "modules_to_save",
+)
+VARIANTS = ("use_rslora", "use_dora", "lora_bias")
+
 
 def inspect(
     path: Annotated[Path, typer.Argument(metavar="PATH", help="Adapter or checkpoint folder.", show_default=False)],
@@ -51,7 +62,18 @@ def describe(folder: AdapterFolder) -> dict[str, Any]:
         "scaling": scaling,
         "target_modules": config.get("target_modules"),
         "modules_to_save": config.get("modules_to_save"),
-        "num_lora_modules": folder.num_lora_modules,
+        "variants": [key for key in VARIANTS if config.get(key)],
+        "rank_pattern": config.get("rank_pattern") or {},
+        "alpha_pattern": config.get("alpha_pattern") or {},
+        "layers_to_transform": config.get("layers_to_transform"),
+        "exclude_modules": config.get("exclude_modules"),
+        "target_parameters": config.get("target_parameters"),
+        "ranks": folder.sorted.ranks(config),
+        "num_lora_modules": len(folder.sorted.updates),
+        "lora_modules_by_kind": dict(Counter(folder.sorted.kinds.values())),
+        "token_rows": folder.sorted.token_rows,
+        "num_whole_modules": len(folder.sorted.whole),
+        "initial": folder.recorded.get("initial"),
         "num_tensors": len(folder.tensors),
         "num_parameters": sum(tensor.num_parameters for tensor in folder.tensors),
         "num_bytes": sum(tensor.num_bytes for tensor in folder.tensors),
@@ -64,35 +86,57 @@ def describe(folder: AdapterFolder) -> dict[str, Any]:
 
 
 def _rows(facts: dict[str, Any]) -> list[tuple[str, str]]:
-    targets = facts["target_modules"]
     base = str(facts["base_model_name_or_path"])
+    ranks = ", ".join(f"{count} layers of r {r}" for r, count in facts["ranks"].items())
+    kinds = ", ".join(f"{count} {kind}" for kind, count in facts["lora_modules_by_kind"].items())
+    dtypes = ", ".join(f"{count} {dtype}" for dtype, count in facts["dtypes"].items())
+    verified = facts["num_verified_files"]
     rows = [
         (facts["kind"], facts["path"]),
         ("base", base + (f" at {facts['revision']}" if facts["revision"] else "")),
-        *([("trained on", _trained_on(facts["recorded"]))] if facts["recorded"] else []),
-        ("r", str(facts["r"])),
+        ("trained on", _trained_on(facts["recorded"]) if "dtype" in facts["recorded"] else ""),
+        ("r", str(facts["r"]) + (f" ({ranks})" if facts["rank_pattern"] else "")),
         ("lora_alpha", f"{facts['lora_alpha']}" + (f" (scaling {facts['scaling']:g})" if facts["scaling"] else "")),
-        ("target_modules", ", ".join(map(str, sorted(targets))) if isinstance(targets, list) else str(targets)),
-    ]
-    if facts["modules_to_save"]:
-        rows.append(("modules_to_save", ", ".join(map(str, facts["modules_to_save"]))))
-    dtypes = ", ".join(f"{count} {dtype}" for dtype, count in facts["dtypes"].items())
-    rows += [
-        ("LoRA modules", f"{facts['num_lora_modules']}"),
+        ("variants", ", ".join(facts["variants"])),
+        ("started from", _started_from(facts["initial"])),
+        *[(key, _listed(facts[key])) for key in SELECTIONS],
+        (
+            "LoRA modules",
+            f"{facts['num_lora_modules']}" + (f" ({kinds})" if kinds != f"{facts['num_lora_modules']} linear" else ""),
+        ),
+        ("rows of tokens", ", ".join(f"{count} of {path}" for path, count in facts["token_rows"].items())),
+        ("whole modules", str(facts["num_whole_modules"] or "")),
         ("tensors", f"{facts['num_tensors']} ({dtypes})"),
         ("parameters", f"{facts['num_parameters']:,} ({size_text(facts['num_bytes'])})"),
+        *_simple_rows(facts["checkpoint"] or {}),
+        ("integrity", "ok" + (f", {verified} files match the manifest" if facts["checkpoint"] is not None else "")),
+        *[("note", note) for note in facts["notes"]],
     ]
-    rows += _simple_rows(facts["checkpoint"] or {})
-    verified = facts["num_verified_files"]
-    rows.append(("integrity", "ok" + (f", {verified} files match the manifest" if facts["checkpoint"] is not None else "")))
-    rows += [("note", note) for note in facts["notes"]]
-    return rows
+    return [(name, value) for name, value in rows if value]
+
+
+def _listed(value: Any) -> str:
+    """A list, table or word of the config; nothing where it is off."""
+    if isinstance(value, list):
+        return ", ".join(sorted(map(str, value)))
+    if isinstance(value, dict):
+        return ", ".join(f"{key}: {inner}" for key, inner in value.items())
+    return "" if value is None else str(value)
+
+
+def _started_from(initial: Any) -> str:
+    if not isinstance(initial, dict):
+        return ""
+    what = "for what was left of the base" if initial.get("changes_base") else "for the base as it is"
+    return f"{initial.get('method')}, {what}"
 
 
 def _trained_on(recorded: dict[str, Any]) -> str:
     quantization = recorded.get("quantization")
     if not isinstance(quantization, dict):
         return f"the base in {recorded.get('dtype')}, not quantized"
+    if quantization.get("bits") == 8:
+        return f"the base in int8, one scale a row, computing in {recorded.get('dtype')}"
     double = ", double quantized" if quantization.get("double_quant") else ""
     kind, block = quantization.get("quant_type"), quantization.get("block_size")
     return f"the base in {kind}, blocks of {block}{double}, computing in {recorded.get('dtype')}"

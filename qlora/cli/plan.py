@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 
 from qlora.cli.failures import DebugOption
+from qlora.cli.job import ConfigArgument, OverridesArgument, read_job
 from qlora.cli.rows import print_json, print_rows, size_text
 from qlora.errors import BaseModelError, ConfigError
 
@@ -23,11 +24,8 @@ _CELL = 11
 
 
 def plan(
-    config: Annotated[Path, typer.Argument(metavar="CONFIG", help="The job file (YAML).", show_default=False)],
-    overrides: Annotated[
-        list[str] | None,
-        typer.Argument(metavar="KEY=VALUE", help="Laid over the job file: train.max_steps=10", show_default=False),
-    ] = None,
+    config: ConfigArgument,
+    overrides: OverridesArgument = None,
     gpus: Annotated[int, typer.Option("--gpus", min=1, help="GPUs in all, a rank on each.")] = 1,
     nodes: Annotated[int, typer.Option("--nodes", min=1, help="Nodes that the GPUs are spread over.")] = 1,
     gpu_memory: Annotated[
@@ -45,11 +43,7 @@ def plan(
     Arithmetic from the shapes of the base, not a measurement: from the headers of its safetensors files, or from
     config.json alone for models built like Llama. Nothing is loaded.
     """
-    from qlora.config.load import load_config
-    from qlora.config.rules import check_job
-
-    job = load_config(config, overrides or [])
-    check_job(job, "plan", str(config))
+    job = read_job(config, overrides, "plan")
     memory = None if gpu_memory is None else parse_size(gpu_memory)
     if gpus % nodes:
         raise ConfigError("GPUs are not spread evenly", place="--nodes", found=f"{gpus} GPUs on {nodes} nodes")
@@ -101,7 +95,8 @@ def describe(
     """Return what `--json` prints; sizes are bytes, of one rank."""
     from qlora.plan.memory import is_quantized, recomputes, stored_parameters
 
-    in_4_bits = sum(t.num_elements for t in base.tensors if is_quantized(t, job))
+    num_quantized = sum(t.num_elements for t in base.tensors if is_quantized(t, job))
+    bits = job.model.quantization.bits if job.model.quantization is not None else 4
     modes = {}
     for rank in ranks:
         modes[rank.mode] = {
@@ -121,12 +116,18 @@ def describe(
         "base": job.model.base,
         "shapes_from": base.source,
         "num_weights": sum(t.num_elements for t in base.tensors),
-        "num_weights_in_4_bits": in_4_bits,
+        "num_weights_in_4_bits": num_quantized if bits == 4 else 0,
+        "num_weights_in_8_bits": num_quantized if bits == 8 else 0,
         "num_trained": sum(p.elements for p in stored_parameters(base, job) if p.part == "trained"),
         "recomputation": recomputes(job),
         "modes": modes,
         "not_counted": NOT_COUNTED,
     }
+
+
+def _quantized(facts: dict[str, Any]) -> str:
+    in_4_bits, in_8_bits = (facts[f"num_weights_in_{bits}_bits"] for bits in (4, 8))
+    return f"{in_8_bits:,} in 8 bits" if in_8_bits else f"{in_4_bits:,} in 4 bits"
 
 
 def _rows(facts: dict[str, Any]) -> list[tuple[str, str]]:
@@ -137,7 +138,7 @@ def _rows(facts: dict[str, Any]) -> list[tuple[str, str]]:
         return label, "".join(f"{'-' if not value else size_text(value):>{_CELL}}" for value in values)
 
     rows = [
-        ("base", f"{facts['base']}: {facts['num_weights']:,} weights, {facts['num_weights_in_4_bits']:,} in 4 bits"),
+        ("base", f"{facts['base']}: {facts['num_weights']:,} weights, {_quantized(facts)}"),
         ("shapes from", facts["shapes_from"]),
         ("trained", f"{facts['num_trained']:,} parameters"),
         ("ranks", f"{facts['gpus']} on {facts['nodes']} node" + "s" * (facts["nodes"] > 1)),

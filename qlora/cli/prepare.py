@@ -1,4 +1,4 @@
-"""`qlora prepare`: a base in 4 bits, as a model folder of its own."""
+"""`qlora prepare`: a base in 4 or 8 bits, as a model folder of its own."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from pydantic import ValidationError
 from qlora.cli.failures import DebugOption
 from qlora.cli.out_folder import require_empty
 from qlora.config.paths import exists, looks_like_path, missing_hint
+from qlora.config.rules import unused_keys
 from qlora.config.schema import ModelConfig, QuantizationConfig
 from qlora.errors import BaseModelError, ConfigError
 
@@ -28,6 +29,9 @@ def prepare(
     out: Annotated[
         Path, typer.Argument(metavar="OUT", help="Folder to write; it must not exist or be empty.", show_default=False)
     ],
+    bits: Annotated[
+        int, typer.Option(metavar=_choices(QUANTIZATION["bits"]), help="8 is one scale a row; the next three are of 4 bits.")
+    ] = QUANTIZATION["bits"].default,
     quant_type: Annotated[
         str, typer.Option(metavar=_choices(QUANTIZATION["quant_type"]), help="The 16 values a weight can have.")
     ] = QUANTIZATION["quant_type"].default,
@@ -50,18 +54,23 @@ def prepare(
     revision: Annotated[str | None, typer.Option(help="Hub revision of the base.", show_default=False)] = None,
     debug: DebugOption = False,
 ) -> None:
-    """Quantize a base once and write it in 4 bits; print its folder.
+    """Quantize a base once and write it in 4 or 8 bits; print its folder.
 
-    What loads is the same to the bit as the base quantized while it is read, in about a quarter of the bytes. Adapters
+    What loads is the same to the bit as the base quantized while it is read, in a quarter or half of the bytes. Adapters
     trained on either load on the other. transformers opens the folder too.
     """
     stated = {
+        "bits": bits,
         "quant_type": quant_type,
         "block_size": block_size,
         "double_quant": double_quant,
         "skip_modules": skip_module or [],
     }
     model = _checked({"base": base, "revision": revision, "dtype": dtype, "quantization": stated})
+    unused = unused_keys(model.quantization)
+    if unused:
+        option = f"--{unused[0].replace('_', '-')}"
+        raise ConfigError("in 8 bits a row has one scale, so this would change nothing", place=option, next_step="--bits 4")
     if looks_like_path(base) and not exists(Path(base).expanduser()):
         raise BaseModelError("no such folder", place=base, next_step=missing_hint(base))
     if revision is not None and (looks_like_path(base) or base.startswith("builtin:")):

@@ -7,8 +7,8 @@ import math
 import struct
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
+from qlora.adapter.folder import short, unique_keys
 from qlora.errors import AdapterError
 
 MOST_HEADER_BYTES = 100_000_000  # what safetensors itself accepts
@@ -92,19 +92,3 @@ def read_header(path: Path) -> tuple[tuple[TensorInfo, ...], dict[str, str]]:
     if 8 + num_header_bytes + position != size:
         raise damaged("cut off or extended", f"{size} bytes", f"{8 + num_header_bytes + position} bytes")
     return tuple(tensors), metadata
-
-
-def unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """Return a JSON object, for json.loads(object_pairs_hook=...). Raises ValueError where a key is given twice."""
-    values = dict(pairs)
-    if len(values) != len(pairs):
-        seen: set[str] = set()
-        twice = next(key for key, _ in pairs if key in seen or seen.add(key))  # type: ignore[func-returns-value]
-        raise ValueError(f"{twice!r} is given twice")
-    return values
-
-
-def short(value: object) -> str:
-    """Return what a value is, in no more than a line."""
-    text = repr(value)
-    return text if len(text) <= 120 else text[:117] + "..."

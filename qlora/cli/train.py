@@ -2,20 +2,17 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from qlora.cli.failures import DebugOption
+from qlora.cli.job import ConfigArgument, OverridesArgument, read_job
 
 
 def train(
-    config: Annotated[Path, typer.Argument(metavar="CONFIG", help="The job file (YAML).", show_default=False)],
-    overrides: Annotated[
-        list[str] | None,
-        typer.Argument(metavar="KEY=VALUE", help="Laid over the job file: train.max_steps=10", show_default=False),
-    ] = None,
+    config: ConfigArgument,
+    overrides: OverridesArgument = None,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Stop after one real step at full length on every rank; keep nothing.")
     ] = False,
@@ -29,11 +26,7 @@ def train(
 
     accelerate launch --config_file launch/accelerate/zero2.yaml -m qlora train CONFIG
     """
-    from qlora.config.load import load_config
-    from qlora.config.rules import check_job
-
-    job = load_config(config, overrides or [])
-    check_job(job, "train", str(config))
+    job = read_job(config, overrides, "train")
     from qlora.train.setup import run_training
 
     code = run_training(job, dry_run=dry_run, force=force)

@@ -12,6 +12,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from pydantic import BaseModel, ValidationError
+
 from qlora.errors import ConfigError
 
 KeyPath = tuple[str | int, ...]
@@ -113,6 +115,25 @@ def as_error(problems: Sequence[Problem], subject: str) -> ConfigError:
     return ConfigError("\n".join(lines))
 
 
+def explain(error: ValidationError, cls: type[BaseModel]) -> ConfigError:
+    """Return what pydantic says of a section that was made in Python, in the words of a job file's mistakes."""
+    keys, problems = Keys(cls.model_json_schema()), {}
+    for entry in error.errors(include_url=False, include_context=False):
+        path: KeyPath = entry["loc"]
+        if entry["type"] == "extra_forbidden":
+            problems[path] = Problem(cls.__name__, dotted(path), "unknown key", next_step=keys.suggestion(path))
+            continue
+        path = keys.known_part(path)  # the members of a union report one problem
+        found, wanted = show(_at(error, path)), keys.wanted(path)
+        problems.setdefault(path, Problem(cls.__name__, dotted(path), "cannot be used", found, wanted))
+    return as_error(list(problems.values()), cls.__name__)
+
+
+def _at(error: ValidationError, path: KeyPath) -> Any:
+    """The value that pydantic was given at a path, which is the shortest that begins one of its errors."""
+    return next(e["input"] for e in error.errors(include_url=False) if e["loc"][: len(path)] == path)
+
+
 def dotted(path: KeyPath) -> str:
     """Return `('data', 'train', 0)` as `data.train[0]`."""
     text = ""
@@ -148,6 +169,7 @@ class Keys:
     def __init__(self, json_schema: dict[str, Any]) -> None:
         self._definitions: dict[str, Any] = json_schema.get("$defs", {})
         self._root = json_schema
+        self._name = {"JobConfig": "a job"}.get(json_schema["title"], json_schema["title"])
         self.all: list[KeyPath] = list(self._walk(json_schema, ()))
 
     def node(self, path: KeyPath) -> dict[str, Any] | None:
@@ -198,7 +220,7 @@ class Keys:
             candidates += [key for key in self.all if key[-1] in close_names]
         if candidates:
             return f"did you mean {' or '.join(dict.fromkeys(map(dotted, candidates[:4])))}?"
-        return f"{dotted(tuple(parents)) or 'a job'} knows {', '.join(here)}"
+        return f"{dotted(tuple(parents)) or self._name} knows {', '.join(here)}"
 
     def _walk(self, node: dict[str, Any], path: KeyPath) -> list[KeyPath]:
         paths: list[KeyPath] = []
@@ -214,6 +236,8 @@ class Keys:
                 return option["items"]
             if isinstance(part, str) and part in option.get("properties", {}):
                 return option["properties"][part]
+            if isinstance(part, str) and isinstance(option.get("additionalProperties"), dict):
+                return option["additionalProperties"]  # a table whose keys are the user's own
         return None
 
     def _resolve(self, node: dict[str, Any]) -> dict[str, Any]:

@@ -9,15 +9,15 @@ from __future__ import annotations
 
 import importlib.util
 import os
-import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from qlora.config.lora_rules import lora_problems
 from qlora.config.paths import exists, looks_like_path, missing_hint
 from qlora.config.problems import Problem, as_error, show
-from qlora.config.schema import JobConfig
+from qlora.config.schema import JobConfig, QuantizationConfig, Section
 
 Verb = Literal["train", "eval", "plan", "slurm"]
 BUILTIN_BASES = ("builtin:tiny",)
@@ -47,7 +47,7 @@ def check_job(config: JobConfig, verb: Verb, source: str = "") -> None:
 
 
 def _combinations(config: JobConfig) -> Iterator[Problem]:
-    model, lora, data, train = config.model, config.lora, config.data, config.train
+    model, data, train = config.model, config.data, config.train
     if train.warmup_steps is not None and train.max_steps is not None and train.warmup_steps > train.max_steps:
         yield Problem(
             "",
@@ -55,6 +55,14 @@ def _combinations(config: JobConfig) -> Iterator[Problem]:
             "the learning rate would never be reached",
             found=f"{train.warmup_steps} warm-up steps of {train.max_steps} steps",
             wanted="at most train.max_steps",
+        )
+    for name in unused_keys(model.quantization):
+        yield Problem(
+            "",
+            f"model.quantization.{name}",
+            "in 8 bits a row has one scale, so this would change nothing",
+            found=show(getattr(model.quantization, name)),
+            next_step=f"remove {name}, or model.quantization.bits: 4",
         )
     if model.attention == "flash_attention_2" and model.dtype == "float32":
         yield Problem(
@@ -71,24 +79,16 @@ def _combinations(config: JobConfig) -> Iterator[Problem]:
             found="data.eval is empty",
             next_step="name files in data.eval, or eval.every_steps: null",
         )
-    for key, value in (("lora.target_modules", lora.target_modules), ("lora.exclude_modules", lora.exclude_modules)):
-        yield from _modules(key, value)
-    trains_more = lora.train_norms or lora.train_embeddings or lora.train_head
-    if lora.target_modules == [] and not trains_more:
-        yield Problem("", "lora.target_modules", "nothing would be trained", found="an empty list", wanted="all-linear, ...")
-    if lora.target_modules and lora.target_modules == lora.exclude_modules:
-        yield Problem("", "lora.exclude_modules", "the same as lora.target_modules, so nothing would be trained")
+    yield from lora_problems(config)
 
 
-def _modules(key: str, value: str | list[str]) -> Iterator[Problem]:
-    if isinstance(value, list):
-        if any(not entry.strip() for entry in value):
-            yield Problem("", key, "a name is empty", found=show(value))
-        return
-    try:
-        re.compile(value)
-    except re.error as error:
-        yield Problem("", key, f"not a regular expression: {error}", found=show(value), next_step="a list takes plain names")
+def unused_keys(quantization: QuantizationConfig | None) -> list[str]:
+    """Return the keys of a quantization that are not at their defaults and that its number of bits has no use for."""
+    if quantization is None or quantization.bits == 4:
+        return []
+    fields = type(quantization).model_fields
+    of_4_bits = ("quant_type", "double_quant", "block_size", "quant_storage")
+    return [name for name in of_4_bits if getattr(quantization, name) != fields[name].default]
 
 
 def _base(config: JobConfig) -> Iterator[Problem]:
@@ -261,10 +261,10 @@ def global_batch_rows(config: JobConfig, world_size: int) -> int:
 
 def _flat(config: JobConfig) -> dict[str, Any]:
     def walk(prefix: str, value: Any) -> Iterator[tuple[str, Any]]:
-        if isinstance(value, dict):
-            for name, inner in value.items():
-                yield from walk(f"{prefix}.{name}" if prefix else name, inner)
+        if isinstance(value, Section):
+            for name in type(value).model_fields:
+                yield from walk(f"{prefix}.{name}" if prefix else name, getattr(value, name))
         else:
             yield prefix, value
 
-    return dict(walk("", config.model_dump()))
+    return dict(walk("", config))

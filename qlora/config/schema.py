@@ -6,9 +6,11 @@ belongs to the launch configuration, so that one job file serves one GPU or five
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+
+from qlora.config.problems import explain
 
 
 def _number_from_string(value: Any) -> Any:
@@ -23,6 +25,7 @@ def _number_from_string(value: Any) -> Any:
 
 Number = Annotated[float, BeforeValidator(_number_from_string), Field(allow_inf_nan=False)]
 PositiveInt = Annotated[int, Field(ge=1)]
+PositiveNumber = Annotated[float, Field(gt=0, allow_inf_nan=False), BeforeValidator(_number_from_string)]
 
 
 class Section(BaseModel):
@@ -30,11 +33,23 @@ class Section(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True)
 
+    if not TYPE_CHECKING:  # which reads the arguments off the fields
+
+        def __init__(self, **values: Any) -> None:
+            """Make a section in Python. Raises ConfigError: all that is wrong with the values."""
+            try:
+                super().__init__(**values)
+            except ValidationError as error:
+                raise explain(error, type(self)) from None
+
+        # A section inside another one is made without it, so that `load.py` hears of every mistake.
+        __init__.__pydantic_base_init__ = True
+
 
 class QuantizationConfig(Section):
-    """How linear weights are quantized (bitsandbytes' 4-bit formats; QLoRA paper, section 3)."""
+    """How linear weights are quantized (bitsandbytes' formats; QLoRA paper, section 3, LLM.int8() paper, section 3.1)."""
 
-    bits: Literal[4] = 4
+    bits: Literal[4, 8] = Field(4, description="8 is one scale a row (LLM.int8's weights); the keys below are of 4 bits.")
     quant_type: Literal["nf4", "fp4"] = "nf4"
     double_quant: bool = Field(True, description="Quantize the block scales as well: 0.127 instead of 0.5 bits a weight.")
     block_size: Literal[32, 64, 128, 256, 512, 1024, 2048, 4096] = Field(64, description="Weights that share one scale.")
@@ -45,6 +60,11 @@ class QuantizationConfig(Section):
         default_factory=list, description="Module path suffixes that stay unquantized, besides heads and embeddings."
     )
 
+    @property
+    def kind(self) -> str:
+        """What a weight is kept as: nf4, fp4 or int8."""
+        return self.quant_type if self.bits == 4 else "int8"
+
 
 class ModelConfig(Section):
     """The frozen base."""
@@ -52,7 +72,7 @@ class ModelConfig(Section):
     base: str = Field("builtin:tiny", description="builtin:tiny, a Hugging Face folder, or a hub id.")
     revision: str | None = Field(None, description="Hub revision; the commit it resolves to is what gets recorded.")
     dtype: Literal["bfloat16", "float16", "float32"] = Field(
-        "bfloat16", description="dtype of unquantized weights, and what 4-bit layers compute in."
+        "bfloat16", description="dtype of unquantized weights, and what quantized layers compute in."
     )
     attention: Literal["auto", "documents", "sdpa", "eager", "flash_attention_2"] = Field(
         "auto", description="auto is attention per packed document where the model allows it, else sdpa."
@@ -78,6 +98,35 @@ class LoraConfig(Section):
         "float32", description="dtype of A and B, which are their own master copy."
     )
     use_rslora: bool = Field(False, description="Scale by lora_alpha / sqrt(r) (Kalajdzievski 2023).")
+    use_dora: bool = Field(False, description="Train magnitude and direction apart (Liu et al. 2024).")
+    lora_bias: bool = Field(False, description="Give B a bias.")
+    rank_pattern: dict[str, PositiveInt] = Field(
+        default_factory=dict, description="r of some layers: a path's end, or a regular expression for it -> r."
+    )
+    alpha_pattern: dict[str, PositiveNumber] = Field(default_factory=dict, description="lora_alpha of some layers.")
+    layers_to_transform: Annotated[list[Annotated[int, Field(ge=0)]], Field(min_length=1)] | None = Field(
+        None, description="Numbers of the blocks that get an adapter; null is all."
+    )
+    layers_pattern: Annotated[list[str], Field(min_length=1)] | None = Field(
+        None, description="What the list of blocks is called; null is any list."
+    )
+    target_parameters: list[str] = Field(
+        default_factory=list, description="Fused expert weights to adapt, by the end of their path (mlp.experts.down_proj)."
+    )
+    modules_to_save: list[str] = Field(default_factory=list, description="Modules to train fully, by the end of their path.")
+    trainable_token_indices: list[Annotated[int, Field(ge=0)]] = Field(
+        default_factory=list, description="Token ids whose embedding rows are trained."
+    )
+    new_tokens: list[str] = Field(
+        default_factory=list, description="Tokens to add to the tokenizer; their rows alone are trained."
+    )
+    init_lora_weights: str = Field(
+        "default",
+        pattern=r"^(default|gaussian|pissa|pissa_niter_[1-9]\d*|olora|loftq|eva)$",
+        description="default, gaussian, pissa, pissa_niter_N, olora, loftq or eva.",
+    )
+    loftq_iterations: PositiveInt = Field(1, description="Alternations of quantization and SVD.")
+    eva_batches: PositiveInt = Field(4, description="Batches of training data that EVA looks at.")
     train_norms: bool = Field(False, description="Train every normalisation layer fully.")
     train_embeddings: bool = Field(False, description="Train the input embeddings fully.")
     train_head: bool = Field(False, description="Train the output head fully.")
@@ -123,6 +172,9 @@ class TrainConfig(Section):
     adam_beta2: Number = Field(0.999, ge=0, lt=1)
     adam_epsilon: Number = Field(1e-8, gt=0)
     weight_decay: Number = Field(0.0, ge=0)
+    loraplus_lr_ratio: PositiveNumber | None = Field(
+        None, description="Learning rate of B over that of A (LoRA+, Hayou et al. 2024); null is one rate."
+    )
     gradient_checkpointing: Literal["auto"] | bool = "auto"
     gradient_checkpointing_kwargs: GradientCheckpointingConfig = Field(default_factory=GradientCheckpointingConfig)
     seed: int = Field(0, ge=0)

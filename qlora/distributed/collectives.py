@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+
 import torch
 from torch import Tensor, nn
 
@@ -59,14 +62,19 @@ def whole_parameters(parameters: dict[str, nn.Parameter], *, keep: bool = True) 
 
 
 def _copy(batch: dict[str, nn.Parameter], out: dict[str, Tensor], keep: bool) -> None:
-    def copy() -> None:
+    with gathered(batch.values()):
         if keep:
             out.update({key: p.detach().to("cpu", copy=True).contiguous() for key, p in batch.items()})
 
-    if not any(is_partitioned(p) for p in batch.values()):
-        copy()
+
+@contextmanager
+def gathered(parameters: Iterable[nn.Parameter]) -> Iterator[None]:
+    """Have these parameters whole inside. Collective where ZeRO-3 has charge of any of them, rank-local otherwise."""
+    own = list(parameters)
+    if not any(is_partitioned(p) for p in own):
+        yield
         return
     from qlora.distributed import zero
 
-    with torch.no_grad(), zero.gathered(batch.values()):
-        copy()
+    with torch.no_grad(), zero.gathered(own):
+        yield

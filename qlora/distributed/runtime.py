@@ -7,52 +7,26 @@ the same job work under each of them, on GPUs or over gloo on CPUs, and checks t
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Any, Protocol, TypeVar
+from functools import partial
+from typing import Any, TypeVar
 
 import torch
 from accelerate import Accelerator
 from accelerate.utils import InitProcessGroupKwargs
 from torch import Tensor, nn
 
+from qlora.distributed.engine import Engine, PlainEngine
 from qlora.distributed.offload import device_of
 from qlora.distributed.sharding import Sharding
+from qlora.distributed.zero_config import fill_config
 from qlora.errors import LaunchError, QloraError
 
 T = TypeVar("T")
 TIMEOUT = timedelta(minutes=30)
-
-
-class Engine(Protocol):
-    """A prepared model with its optimizer. Every method is a collective.
-
-    Attributes:
-        model: what to call with a batch.
-        parameters: the trainable parameters by name, as they were named before anything was wrapped.
-        skips_overflow: an infinite gradient lowers the loss scale and skips the update, instead of being an error.
-    """
-
-    model: nn.Module
-    parameters: dict[str, nn.Parameter]
-    skips_overflow: bool
-
-    def micro_step(self, *, last: bool) -> AbstractContextManager[None]:
-        """Surrounds the forward and backward pass of one micro-step; on the last of a step gradients are averaged."""
-
-    def backward(self, loss: Tensor) -> None:
-        """Add the loss's gradients to what the step has gathered so far."""
-
-    def step(self, learning_rate: float) -> Tensor:
-        """Clip, update, clear the gradients. Returns the gradient norm before clipping, fp32 scalar."""
-
-    def optimizer_state(self, name: str) -> dict[str, Tensor]:
-        """The whole optimizer state of one trainable parameter, on every rank; {} before the first step."""
-
-    def load_optimizer_state(self, states: dict[str, dict[str, Tensor]], step: int) -> None:
-        """Set the whole optimizer state by parameter name, and the number of steps it has seen."""
 
 
 @dataclass
@@ -178,7 +152,7 @@ class Runtime:
     def sharding(self) -> Sharding:
         """How a base is loaded under this launch. Rank-local."""
         if self.mode != "zero3":
-            return Sharding(together=self.together)
+            return Sharding(together=self.together, worker=self.rank, num_workers=self.world_size)
         from qlora.distributed import zero
 
         return zero.ZeroSharding(self.rank, self.world_size, self.together, self.accelerator.state.deepspeed_plugin)
@@ -240,9 +214,7 @@ def start(
     accelerator = Accelerator(kwargs_handlers=handlers, gradient_accumulation_steps=1, mixed_precision="no", **arguments)
     mode = "single" if accelerator.num_processes == 1 else "ddp"
     if under_deepspeed:
-        from qlora.distributed import zero
-
-        stage = zero.fill_config(
+        stage = fill_config(
             accelerator.state.deepspeed_plugin,
             micro_batch_size=per_device_batch_size,
             gradient_accumulation_steps=gradient_accumulation_steps,
@@ -306,7 +278,10 @@ def prepare(
     frozen += [name for name, _ in model.named_buffers()]
     model._ddp_params_and_buffers_to_ignore = frozen  # type: ignore[assignment]
     prepared = runtime.accelerator.prepare_model(model)
-    return PlainEngine(runtime, prepared, parameters, optimizer, max_grad_norm, scale_loss)
+    no_sync: Callable[[], AbstractContextManager[None]] = nullcontext
+    if runtime.world_size > 1:
+        no_sync = partial(runtime.accelerator.no_sync, prepared)
+    return PlainEngine(prepared, parameters, optimizer, max_grad_norm, scale_loss, runtime.device, no_sync)
 
 
 def start_inference() -> Runtime:
@@ -329,55 +304,3 @@ def for_inference(runtime: Runtime, model: nn.Module, *, leaves: Sequence[type])
     from qlora.distributed import zero
 
     return zero.for_inference(model, runtime.accelerator.state.deepspeed_plugin, leaves)
-
-
-class PlainEngine:
-    """One process, or data parallel: every rank holds everything. Implements `Engine`."""
-
-    def __init__(
-        self,
-        runtime: Runtime,
-        model: nn.Module,
-        parameters: dict[str, nn.Parameter],
-        optimizer: torch.optim.Optimizer,
-        max_grad_norm: float,
-        scale_loss: bool,
-    ) -> None:
-        self.runtime, self.model, self.parameters = runtime, model, parameters
-        self.optimizer, self.max_grad_norm = optimizer, max_grad_norm
-        self.skips_overflow = scale_loss
-        self.scaler = torch.amp.GradScaler(runtime.device.type, enabled=scale_loss)
-
-    @contextmanager
-    def micro_step(self, *, last: bool) -> Iterator[None]:
-        if last or self.runtime.world_size == 1:
-            yield
-        else:
-            with self.runtime.accelerator.no_sync(self.model):
-                yield
-
-    def backward(self, loss: Tensor) -> None:
-        self.scaler.scale(loss).backward()
-
-    def step(self, learning_rate: float) -> Tensor:
-        self.scaler.unscale_(self.optimizer)
-        norm = torch.nn.utils.clip_grad_norm_(self.parameters.values(), self.max_grad_norm, foreach=True)
-        for group in self.optimizer.param_groups:
-            group["lr"] = learning_rate
-        self.scaler.step(self.optimizer)
-        self.scaler.update()
-        self.optimizer.zero_grad(set_to_none=True)
-        return norm.detach().float()
-
-    def optimizer_state(self, name: str) -> dict[str, Tensor]:
-        state = self.optimizer.state.get(self.parameters[name], {})
-        return {key: value for key, value in state.items() if isinstance(value, Tensor) and key != "step"}
-
-    def load_optimizer_state(self, states: dict[str, dict[str, Tensor]], step: int) -> None:
-        for name, state in states.items():
-            if not state:
-                continue
-            parameter = self.parameters[name]
-            own: dict[str, Any] = {key: value.to(parameter.device) for key, value in state.items()}
-            counter = torch.tensor(float(step)) if type(self.optimizer).__module__.startswith("torch.") else step
-            self.optimizer.state[parameter] = {"step": counter, **own}

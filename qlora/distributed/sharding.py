@@ -33,10 +33,14 @@ class Sharding:
     Attributes:
         rank, world_size: this one, and among how many one copy is shared out.
         together: see `Together`.
+        worker, num_workers: this process among all that load the base, who may share work also where each keeps a copy.
     """
 
-    def __init__(self, rank: int = 0, world_size: int = 1, together: Together = alone) -> None:
+    def __init__(
+        self, rank: int = 0, world_size: int = 1, together: Together = alone, *, worker: int = 0, num_workers: int = 1
+    ) -> None:
         self.rank, self.world_size, self.together = rank, world_size, together
+        self.worker, self.num_workers = worker, num_workers
 
     def run(self, num_elements: int, rank: int | None = None) -> tuple[int, int]:
         """First and last (exclusive) element of a rank's run, this one's unless told; empty where there is none left."""
@@ -47,6 +51,12 @@ class Sharding:
     def exchange(self, own: Tensor) -> Tensor:
         """All ranks' flat tensors of one length, one after another. Collective where a copy is shared out."""
         return own
+
+    def broadcast(self, value: Tensor, worker: int) -> Tensor:
+        """One worker's tensor, in the place of the others' of its shape and dtype. Collective where there are several."""
+        if self.num_workers > 1:
+            torch.distributed.broadcast(value, worker)
+        return value
 
     def keep(self, parameter: nn.Parameter) -> None:
         """Cut a parameter of which this rank's run is filled down to that run. Rank-local; a collective for a disk."""

@@ -1,7 +1,6 @@
-"""DeepSpeed ZeRO: filling its configuration, whole tensors out of shares, optimizer state by name.
+"""DeepSpeed ZeRO: a base in shares, whole tensors out of them, the engine, optimizer state by name.
 
-The only file that imports deepspeed. Its bf16 and fp16 modes stay off, because they cast every parameter, adapters
-included; dtypes are ours.
+The only file that imports deepspeed.
 """
 
 from __future__ import annotations
@@ -22,24 +21,10 @@ from torch import Tensor, nn
 
 from qlora.distributed.collectives import is_partitioned
 from qlora.distributed.mapped import move_to_file
-from qlora.distributed.offload import device_of, refuse_bad_offload, take_share_folder
+from qlora.distributed.offload import device_of
 from qlora.distributed.saved import without_gathered_weights
 from qlora.distributed.sharding import Sharding, Together
-from qlora.errors import LaunchError
-
-# What a DeepSpeed JSON leaves open at stage 3. Sizes are in elements; a packed 4-bit element is a byte of two weights.
-STAGE3 = {
-    # Gathers run ahead of the computation until so much is on its way.
-    "stage3_prefetch_bucket_size": 50_000_000,
-    # Nothing that was gathered is kept because it will be needed again soon. DeepSpeed's own 1e9 would hold a gigabyte of
-    # packed weights from forward to backward.
-    "stage3_max_reuse_distance": 0,
-    # Norms and biases, and A and B up to a width of 62,500 at r = 16, stay whole on every rank, together up to 400 MB.
-    "stage3_param_persistence_threshold": 1_000_000,
-    "stage3_model_persistence_threshold": 100_000_000,
-    # It would replace torch's linear function for the whole process, to do what `distributed.saved` does.
-    "memory_efficient_linear": False,
-}
+from qlora.distributed.zero_config import without_training
 
 
 def prepare_environment() -> None:
@@ -51,61 +36,6 @@ def prepare_environment() -> None:
         # At start DeepSpeed 0.19.8 compiles shared-memory collectives for CPUs, which needs a compiler and fails where the
         # environment's path has a space in it. It goes on with gloo where it finds them not compatible.
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-
-
-def fill_config(
-    plugin: Any,
-    *,
-    micro_batch_size: int,
-    gradient_accumulation_steps: int,
-    gradient_clipping: float,
-    world_size: int,
-    optimizer: str = "adamw",
-    trains: bool = True,
-) -> int:
-    """Put the job's numbers where the DeepSpeed JSON says `auto`. Rank-local. Returns the ZeRO stage.
-
-    Args:
-        trains: False puts them over what the JSON says: where nothing is trained they mean nothing.
-
-    Raises:
-        LaunchError: the JSON states a number that contradicts the job file, turns on a dtype mode, or offloads what cannot
-            be offloaded.
-    """
-    config = plugin.deepspeed_config
-    zero = config["zero_optimization"]
-    refuse_bad_offload(config, optimizer)
-    plugin.share_folder = take_share_folder(zero)
-    for mode in ("bf16", "fp16"):
-        if config.get(mode, {}).get("enabled"):
-            raise LaunchError(
-                f"{mode}.enabled would cast the adapters",
-                place="DeepSpeed JSON",
-                next_step=f"remove {mode}: the job file's model.dtype decides",
-            )
-    values: dict[str, float] = {
-        "train_micro_batch_size_per_gpu": micro_batch_size,
-        "gradient_accumulation_steps": gradient_accumulation_steps,
-        "gradient_clipping": gradient_clipping,
-        "train_batch_size": micro_batch_size * gradient_accumulation_steps * world_size,
-    }
-    for key, value in values.items():
-        stated = config.get(key, "auto")
-        if trains and stated != "auto" and float(stated) != float(value):
-            raise LaunchError(
-                f"{key} contradicts the job file",
-                place="DeepSpeed JSON",
-                found=stated,
-                wanted=f"auto, or {value}",
-                next_step="say `auto` in the JSON; the job file decides",
-            )
-        config[key] = value
-    # Accelerate tells transformers of ZeRO-3 through this object, and transformers then builds every model by its own
-    # zero.Init, weights included (transformers 5.23). Loading is ours.
-    plugin.dschf = None
-    if zero["stage"] == 3:
-        zero |= {key: value for key, value in STAGE3.items() if zero.get(key, "auto") == "auto"}
-    return int(zero["stage"])
 
 
 def mark_leaves(model: nn.Module, classes: Sequence[type], plugin: Any) -> None:
@@ -122,6 +52,8 @@ def mark_leaves(model: nn.Module, classes: Sequence[type], plugin: Any) -> None:
     """
     for leaf in set_z3_leaf_modules(model, list(classes), raise_if_not_found=False):
         leaf.register_forward_pre_hook(_ask_for_input_gradient)
+        for borrowed in (p for module in leaf.modules() for p in getattr(module, "borrowed_parameters", ())):
+            deepspeed.zero.register_external_parameter(leaf, borrowed)
     stated = plugin.deepspeed_config["zero_optimization"]
     if stated["stage"] == 3 and stated.get("stage3_max_live_parameters", "auto") == "auto":
         stated["stage3_max_live_parameters"] = _largest_gather(model, tuple(classes)) + stated["stage3_prefetch_bucket_size"]
@@ -139,6 +71,9 @@ def _ask_for_input_gradient(module: nn.Module, inputs: tuple[Any, ...]) -> tuple
     tensors = [x for x in inputs if isinstance(x, Tensor) and x.is_floating_point()]
     if not torch.is_grad_enabled() or any(x.requires_grad for x in tensors):
         return None
+    if not tensors and getattr(module, "asks_for_anchor", False):
+        # What looks up token ids has no input that could have a gradient: it gets one more.
+        return (*inputs, torch.zeros((), device=inputs[0].device, requires_grad=True))
     return tuple(x.detach().requires_grad_() if isinstance(x, Tensor) and x.is_floating_point() else x for x in inputs)
 
 
@@ -152,7 +87,7 @@ class ZeroSharding(Sharding):
     """ZeRO-3's cut: each rank keeps a run of every parameter, on the device that the configuration says."""
 
     def __init__(self, rank: int, world_size: int, together: Together, plugin: Any) -> None:
-        super().__init__(rank, world_size, together)
+        super().__init__(rank, world_size, together, worker=rank, num_workers=world_size)
         stated = plugin.deepspeed_config
         needed = ("zero_optimization", "train_batch_size", "train_micro_batch_size_per_gpu")
         self._offload = device_of(stated["zero_optimization"], "offload_param")
@@ -187,7 +122,7 @@ def for_inference(model: nn.Module, plugin: Any, leaves: Sequence[type]) -> Iter
     Every forward pass inside is a collective. There is no optimizer, which DeepSpeed allows at stage 3 alone.
     """
     mark_leaves(model, leaves, plugin)
-    config = _without_training(plugin.deepspeed_config)
+    config = without_training(plugin.deepspeed_config)
     engine, *_ = deepspeed.initialize(model=model, config=config)
     _keep_resident(engine.optimizer)
     try:
@@ -201,23 +136,15 @@ def for_inference(model: nn.Module, plugin: Any, leaves: Sequence[type]) -> Iter
                 tensor.data = torch.empty(0, dtype=tensor.dtype, device=tensor.device)
 
 
-def _without_training(stated: dict[str, Any]) -> dict[str, Any]:
-    """What a DeepSpeed configuration says of anything but training."""
-    needed = ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps")
-    config: dict[str, Any] = {key: stated[key] for key in needed if key in stated}
-    sharding = stated["zero_optimization"]
-    config["zero_optimization"] = {key: value for key, value in sharding.items() if key != "offload_optimizer"}
-    return config
-
-
 class ZeroEngine:
-    """A DeepSpeed engine of stage 1, 2 or 3. Implements `runtime.Engine`."""
+    """A DeepSpeed engine of stage 1, 2 or 3. Implements `engine.Engine`."""
 
     skips_overflow = False
 
     def __init__(self, model: Any, parameters: dict[str, nn.Parameter]) -> None:
         self.model, self.parameters = model, parameters
         self._is_sharded = any(is_partitioned(p) for p in model.module.parameters())
+        self._state_is_linked = False
         if self._is_sharded:
             _keep_resident(model.optimizer)
 
@@ -236,7 +163,7 @@ class ZeroEngine:
 
     def step(self, learning_rate: float) -> Tensor:
         for group in self.model.optimizer.param_groups:
-            group["lr"] = learning_rate
+            group["lr"] = learning_rate * group.get("lr_ratio", 1.0)
         self.model.step()
         norm = float(self.model.get_global_grad_norm())
         # DeepSpeed says -1 of a norm that is infinite or not a number (0.19.8).
@@ -246,6 +173,9 @@ class ZeroEngine:
         inner = self.model.optimizer.optimizer
         if not any("exp_avg" in state for state in inner.state.values()):
             return {}
+        if not self._state_is_linked:
+            _link_state(self.model.optimizer)
+            self._state_is_linked = True
         shape = getattr(self.parameters[name], "ds_shape", self.parameters[name].shape)
         state = {}
         for key in ("exp_avg", "exp_avg_sq"):
@@ -275,10 +205,18 @@ class ZeroEngine:
                 "exp_avg": torch.zeros_like(flat.data),
                 "exp_avg_sq": torch.zeros_like(flat.data),
             }
-        # Stages 1 and 2 link parameters to their fragments of the state only after a first step (DeepSpeed 0.19.8).
-        link = getattr(zero, "_lazy_init_hp_params_optimizer_state", None)
-        if link is not None:
-            link()
+        _link_state(zero)
+
+
+def _link_state(zero: Any) -> None:
+    """Link parameters to their fragments of the optimizer's state, which stages 1 and 2 do by themselves after a first step.
+
+    DeepSpeed 0.19.8 does so after the step of the first parameter group, when the others have no state yet, and never again.
+    """
+    link = getattr(zero, "_lazy_init_hp_params_optimizer_state", None)
+    if link is not None:
+        zero._hp_optimizer_states_linked = False
+        link()
 
 
 def _keep_resident(optimizer: Any) -> None:

@@ -20,7 +20,7 @@ from qlora.distributed import runtime as processes
 from qlora.distributed.runtime import Runtime
 from qlora.errors import AdapterError
 from qlora.infer.opening import find_adapter, put_in
-from qlora.lora.layer import LoraLayer
+from qlora.lora.kinds import WRAPPERS
 from qlora.quant.source import resolve_base
 
 Conversation = list[dict[str, str]]
@@ -53,7 +53,7 @@ def run_generate(
         if temperature > 0 and runtime.rank > 0:
             # All ranks begin with the same seed.
             torch.manual_seed(torch.initial_seed() + runtime.rank)
-        with processes.for_inference(runtime, model, leaves=(LoraLayer,)):
+        with processes.for_inference(runtime, model, leaves=WRAPPERS):
             answers = generate_texts(
                 model, tokenizer, conversations, max_new_tokens, temperature=temperature, runtime=runtime
             )
@@ -82,6 +82,7 @@ def open_for_inference(runtime: Runtime, adapter: Path | None, base: str | None)
         quantization=wanted.quantization,
         device=runtime.device,
         sharding=runtime.sharding(),
+        adapter=adapter,
     )
     if found is not None:
         put_in(runtime, model, found)

@@ -9,6 +9,8 @@ from typing import Any
 
 from qlora.adapter.config_file import CONFIG_NAME
 from qlora.adapter.files import TEMPLATE_NAME, WEIGHTS_NAME, AdapterFile, load_adapter, open_adapter
+from qlora.adapter.keys import BASE
+from qlora.adapter.residual import INITIAL_NAME
 from qlora.distributed.runtime import Runtime
 
 
@@ -28,7 +30,7 @@ def find_adapter(runtime: Runtime, folder: Path) -> AdapterFile:
 def _digest(folder: Path) -> str:
     """A hash (sha256, hexadecimal) of an adapter's files. Rank-local."""
     digest = hashlib.sha256()
-    for name in (CONFIG_NAME, WEIGHTS_NAME, TEMPLATE_NAME):
+    for name in (CONFIG_NAME, WEIGHTS_NAME, TEMPLATE_NAME, INITIAL_NAME):
         file = folder / name
         if file.is_file():
             digest.update(f"{name} {file.stat().st_size}\n".encode())
@@ -40,7 +42,7 @@ def _digest(folder: Path) -> str:
 
 def put_in(runtime: Runtime, model: Any, found: AdapterFile) -> None:
     """Load an adapter into a base. Collective. Raises AdapterError: see `load_adapter`; the same on every rank."""
-    if any(key.part == "base" for key in found.entries):
+    if any(key.part == BASE for key in found.entries):
         # It is compared with the base's own weight, for which ranks that keep shares meet: they all find the same.
         load_adapter(model, found.folder)
     else:

@@ -1,25 +1,36 @@
 """Putting LoRA layers into a model, in place, and saying what was done.
 
-Works on any `nn.Module`. Everything that was there is frozen; what trains is A and B of the targeted layers and, where
-asked for, norms, embeddings or the output head as a whole.
+Works on any `nn.Module`. Everything that was there is frozen; what trains is the updates of the targeted layers and, where
+asked for, other modules as wholes (`lora.whole`) or rows of the embeddings (`lora.token_rows`).
 """
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable
+import math
+from collections.abc import Collection
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from qlora.config.schema import LoraConfig
-from qlora.distributed.collectives import widen
+from qlora.distributed.collectives import whole_shape
 from qlora.errors import AdapterError, ConfigError
-from qlora.lora.layer import LoraLayer, LoraLinear, lora_layers, refuse_merged
-from qlora.lora.target import ALL_LINEAR, Candidate, Selection, select, summarize
-from qlora.ops import nf4
+from qlora.lora.expert_paths import module_at, why_untargeted, with_parameters, wrap_weight
+from qlora.lora.experts import ExpertWeight
+from qlora.lora.kinds import WRAPPERS, kind_of
+from qlora.lora.layer import LoraLayer, lora_layers, refuse_merged
+from qlora.lora.linear import LoraLinear
+from qlora.lora.report import LoraReport, count_parameters, matched_patterns
+from qlora.lora.starts import initial_factors, prepared_starts
+from qlora.lora.target import ALL_LINEAR, Candidate, Selection, choose, refuse_unused_patterns
+from qlora.lora.token_rows import TokenIds, add_token_rows, token_rows
+from qlora.lora.update import Update, pattern_of
+from qlora.lora.whole import modules_to_train, train_wholly, without_trained
+from qlora.ops import int8, nf4, nf4_format
 from qlora.quant.linear import Linear4bit
+from qlora.quant.linear8bit import Linear8bit
 
 
 @dataclass(frozen=True)
@@ -30,75 +41,69 @@ class AdapterRecord:
         config: as asked for.
         targeted: paths of the layers it adapts, in the model's order.
         trained: paths of modules that are trained as a whole.
+        token_rows: ids of the tokens whose rows are trained, by the path of their embedding or head.
     """
 
     config: LoraConfig
     targeted: tuple[str, ...]
     trained: tuple[str, ...] = ()
-
-
-@dataclass(frozen=True)
-class LoraReport:
-    """What an injection did. Counts are of weights: a 4-bit layer counts its weights, not its bytes.
-
-    Attributes:
-        targeted: path -> the entry of target_modules that matched it.
-        skipped: path -> why a layer that could carry an adapter does not.
-        trained: modules trained as a whole.
-        num_trainable, num_total: parameters.
-    """
-
-    targeted: dict[str, str]
-    skipped: dict[str, str]
-    trained: tuple[str, ...]
-    num_trainable: int
-    num_total: int
-    untargetable: dict[str, str] = field(default_factory=dict)
-
-    @property
-    def percent(self) -> float:
-        """Share of the parameters that train, in percent."""
-        return 100.0 * self.num_trainable / self.num_total
-
-    def __str__(self) -> str:
-        lines = [f"LoRA on {len(self.targeted)} layers"]
-        lines += [f"  {name}: {count} x, by {entry}" for (name, entry), count in summarize(self.targeted).items()]
-        if self.trained:
-            lines.append(f"trained as a whole: {', '.join(self.trained[:6])}{' ...' if len(self.trained) > 6 else ''}")
-        for title, table in (("left without", self.skipped), ("cannot carry one", self.untargetable)):
-            lines += [f"  {title}: {name}, {count} x ({why})" for (name, why), count in summarize(table).items()]
-        lines.append(f"trainable {self.num_trainable:,} of {self.num_total:,} parameters ({self.percent:.4g}%)")
-        return "\n".join(lines)
+    token_rows: TokenIds = field(default_factory=dict)
 
 
 def inject_lora(model: nn.Module, config: LoraConfig, name: str = "default", *, seed: int = 0) -> LoraReport:
     """Wrap the targeted layers with LoRA layers, in place, and freeze everything else. Rank-local, same on every rank.
 
     Args:
-        model: any module. bitsandbytes' Linear4bit layers are all taken over, without copying their weights.
+        model: any module. bitsandbytes' quantized layers are all taken over, without copying their weights.
         name: of the adapter. Injecting a second name adds to the same layers and makes the new one active.
         seed: A's values depend on it and on each module's path.
 
     Raises:
-        ConfigError, AdapterError: see `lora.target.select`, `check_can_add`; also a name that exists.
-        Nothing is changed then.
+        ConfigError, AdapterError: see `selection_of`, `lora.whole.modules_to_train`, `check_can_add`; also a name that
+            exists. Nothing is changed then.
     """
     adapters: dict[str, AdapterRecord] = model.__dict__.setdefault("qlora_adapters", {})
     if name in adapters:
         raise AdapterError(f"the model has an adapter {name!r} already", next_step="choose another name, or delete it first")
-    candidates, untargetable = list_candidates(model)
-    selection = _without_narrow_layers(model, config, select(candidates, config.target_modules, config.exclude_modules))
-    trained = _modules_to_train(model, config, set(selection.targeted))
+    selection, untargetable = selection_of(model, config)
+    trained = modules_to_train(model, config)
+    rows = token_rows(model, config, selection.targeted, trained)
     check_can_add(model, name, trained)
+    starts = prepared_starts(model, config, selection.targeted)
     take_over_bitsandbytes(model)
     for path in selection.targeted:
-        wrap(model, path).add_adapter(name, config, path, seed)
+        wrap(model, path).add_adapter(name, config, path, seed, start=starts.get(path))
+    add_token_rows(model, rows, name, getattr(torch, config.dtype))
     activate(model, name, trained)
-    adapters[name] = AdapterRecord(config, tuple(selection.targeted), tuple(trained))
+    adapters[name] = AdapterRecord(config, tuple(selection.targeted), tuple(trained), rows)
     trainable = count_parameters(model, trainable_only=True)
+    prepared = initial_factors(model) if starts else None
     return LoraReport(
-        selection.targeted, selection.skipped, tuple(trained), trainable, count_parameters(model), untargetable
+        selection.targeted,
+        selection.skipped,
+        tuple(trained),
+        trainable,
+        count_parameters(model),
+        untargetable,
+        prepared.errors if prepared is not None else {},
+        matched_patterns(config, selection.targeted),
+        rows,
     )
+
+
+def selection_of(model: nn.Module, config: LoraConfig) -> tuple[Selection, dict[str, str]]:
+    """Which layers of a model a config targets, and why some weights can carry no LoRA layer. Rank-local.
+
+    Raises:
+        ConfigError, AdapterError: see `lora.target.choose`; also a pattern of no targeted layer, a variant or a rank that a
+            targeted layer cannot have, and a layer that is named here and trained as a whole.
+    """
+    candidates, untargetable = list_candidates(model)
+    selection = without_trained(model, choose(candidates, config), modules_to_train(model, config))
+    selection = with_parameters(model, config, selection, modules_to_train(model, config))
+    refuse_unused_patterns(config, selection.targeted)
+    untargetable = {path: why for path, why in untargetable.items() if path not in selection.targeted}
+    return _without_narrow_layers(model, config, selection), untargetable
 
 
 def check_can_add(model: nn.Module, name: str, trained: Collection[str]) -> None:
@@ -122,39 +127,69 @@ def check_can_add(model: nn.Module, name: str, trained: Collection[str]) -> None
         )
     for path, module in model.named_modules():
         if isinstance(module, nf4.BnbLinear4bit):
-            nf4.check_linear4bit(module, path)
+            nf4_format.check_linear4bit(module, path)
+        elif isinstance(module, nf4.BnbLinear8bit):
+            int8.check_linear8bit(module, path)
 
 
 def take_over_bitsandbytes(model: nn.Module) -> None:
-    """Replace every bitsandbytes Linear4bit by ours, without copying its weight; also those that get no adapter.
+    """Replace every quantized layer of bitsandbytes by ours, without copying its weight; also those that get no adapter.
 
-    Of bitsandbytes' own, one evaluation on some CPUs would cut the gradient off for all layers before it.
+    Of bitsandbytes' own in 4 bits, one evaluation on some CPUs would cut the gradient off for all layers before it. Those in
+    8 bits quantize their inputs, so that gradients would not be those of what was computed.
     """
+    usual = _usual_dtype(model)
     for path, module in list(model.named_modules()):
         if isinstance(module, nf4.BnbLinear4bit):
             stored: Any = module.weight
             dtype = module.compute_dtype or stored.quant_state.dtype
             model.set_submodule(path, Linear4bit.from_bitsandbytes(module, dtype, path))
+        elif isinstance(module, nf4.BnbLinear8bit):
+            dtype = usual if module.bias is None else module.bias.dtype
+            model.set_submodule(path, Linear8bit.from_bitsandbytes(module, dtype, path))
+
+
+def _usual_dtype(model: nn.Module) -> torch.dtype:
+    """The dtype of most floating-point parameters, by elements: what an 8-bit layer, which has none, is to compute in."""
+    counts: dict[torch.dtype, int] = {}
+    for parameter in model.parameters():
+        if parameter.is_floating_point():
+            counts[parameter.dtype] = counts.get(parameter.dtype, 0) + parameter.numel()
+    return max(counts, key=counts.__getitem__, default=torch.float32)
 
 
 def _without_narrow_layers(model: nn.Module, config: LoraConfig, selection: Selection) -> Selection:
     """Leave out what all-linear found but r does not fit, such as a gate of one output. Raises ConfigError."""
     targeted, skipped = dict(selection.targeted), dict(selection.skipped)
     for path, entry in selection.targeted.items():
-        layer: Any = model.get_submodule(path)
-        limit = min(layer.in_features, layer.out_features)
-        if config.r <= limit:
+        update = Update.of(config, path)
+        limit = largest_rank(module_at(model, path), update)
+        if update.r <= limit:
             continue
         del targeted[path]
-        skipped[path] = f"a side of {limit}, below r = {config.r}"
+        skipped[path] = f"a side of {limit}, below r = {update.r}"
         if entry != ALL_LINEAR or not targeted:
             raise ConfigError(
                 f"the rank exceeds the smaller dimension of {path}",
-                place="lora.r",
-                found=config.r,
+                place="lora.r" if pattern_of(config.rank_pattern, path) is None else "lora.rank_pattern",
+                found=update.r,
                 wanted=f"at most {limit}",
+                next_step="lower it, give the layer a rank of its own (lora.rank_pattern), or exclude it",
             )
     return Selection(targeted, skipped)
+
+
+def largest_rank(module: nn.Module, update: Update) -> int:
+    """The smaller side of the matrix that this module's update is added to. Raises ConfigError: see `LoraLayer.shapes`."""
+    kind = kind_of(module)
+    assert kind is not None
+    A, B = list(kind.shapes(base_of(module), update).values())[:2]
+    return min(math.prod(A[1:]), B[0])
+
+
+def base_of(module: nn.Module) -> nn.Module:
+    """The layer that a LoRA layer wraps; any other module itself."""
+    return module.base_layer if isinstance(module, WRAPPERS) else module
 
 
 def list_candidates(model: nn.Module) -> tuple[list[Candidate], dict[str, str]]:
@@ -167,37 +202,32 @@ def list_candidates(model: nn.Module) -> tuple[list[Candidate], dict[str, str]]:
     for path, module in model.named_modules():
         if not path or any(path.startswith(prefix) for prefix in inside):
             continue
-        base = module
-        if isinstance(module, LoraLayer):
+        base = base_of(module)
+        if isinstance(module, WRAPPERS):
             inside.append(path + ".")
-            base = module.base_layer
         classes = tuple(cls.__name__ for cls in type(base).__mro__ if cls not in (nn.Module, object))
-        found.append(Candidate(path, classes, is_supported(base), is_head=module is head or base is head))
-        if not is_supported(base) and ("Linear" in classes or "Conv1D" in classes):
+        kind = kind_of(base)
+        is_head = module is head or base is head
+        found.append(Candidate(path, classes, kind is not None, is_linear=kind is LoraLinear, is_head=is_head))
+        if kind is None and ("Linear" in classes or "Conv1D" in classes):
             untargetable[path] = f"{classes[0]} is not torch's Linear"
         for own, parameter in base.named_parameters(recurse=False):
-            if parameter.ndim == 3:
-                untargetable[f"{path}.{own}"] = "3-D expert weight"
+            if kind is None and len(whole_shape(parameter)) == 3:
+                untargetable[f"{path}.{own}"] = why_untargeted(base, own)
     return found, untargetable
-
-
-def is_supported(module: nn.Module) -> bool:
-    """Whether a LoRA layer of ours can wrap this module: torch's Linear, our or bitsandbytes' 4-bit one.
-
-    Other subclasses of Linear may compute something else in their forward, which a LoRA layer would leave out, or are
-    never called, as the one in torch's MultiheadAttention, whose weight alone is used.
-    """
-    return type(module) in (nn.Linear, Linear4bit) or isinstance(module, nf4.BnbLinear4bit)
 
 
 def wrap(model: nn.Module, path: str) -> LoraLayer:
     """The LoRA layer at a path, put there around what was there where it is not one already."""
-    module: Any = model.get_submodule(path)
+    module = module_at(model, path)
     if isinstance(module, LoraLayer):
         return module
-    if not is_supported(module) or not isinstance(module, nn.Linear):
-        raise AdapterError("not a linear layer that can carry one", place=path, found=type(module).__name__)
-    layer = LoraLinear(module).train(module.training)
+    if isinstance(module, ExpertWeight):
+        return wrap_weight(model, path)
+    kind = kind_of(module)
+    if kind is None:
+        raise AdapterError("not a layer that can carry one", place=path, found=type(module).__name__)
+    layer = kind(module).train(module.training)
     model.set_submodule(path, layer)
     return layer
 
@@ -206,87 +236,5 @@ def activate(model: nn.Module, name: str, trained: tuple[str, ...] | list[str]) 
     """Make one adapter active and it, with the wholly trained modules, all that is trainable."""
     model.requires_grad_(False)
     for _, layer in lora_layers(model):
-        layer.set_active(name if name in layer.lora_A else None)
+        layer.set_active(name if name in layer.updates else None)
     train_wholly(model, trained)
-
-
-def train_wholly(model: nn.Module, paths: Iterable[str]) -> None:
-    """Make all parameters of these modules trainable in fp32, while they go on giving out the dtype they gave out before."""
-    wanted = {id(p): p for path in paths for p in model.get_submodule(path).parameters(recurse=False)}
-    # Of all modules: a tied weight has a second owner.
-    for module in model.modules():
-        own = [p.dtype for p in module.parameters(recurse=False) if id(p) in wanted]
-        narrow = next((dtype for dtype in own if dtype in (torch.bfloat16, torch.float16)), None)
-        if narrow is not None:
-            _keep_output_dtype(module, narrow)
-    for parameter in wanted.values():
-        if parameter.dtype in (torch.bfloat16, torch.float16):
-            widen(parameter)
-        parameter.requires_grad_(True)
-
-
-def _keep_output_dtype(module: nn.Module, dtype: torch.dtype) -> None:
-    """Let a module whose parameters become fp32 be used as before. Norms of transformers widen their input themselves."""
-
-    def widen(_: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        return tuple(a.float() if a.is_floating_point() else a for a in args)
-
-    def narrow_output(_: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
-        return output.to(dtype)
-
-    if isinstance(module, (nn.Linear, nn.LayerNorm, nn.RMSNorm, nn.GroupNorm)):
-        module.register_forward_pre_hook(widen)
-    module.register_forward_hook(narrow_output)
-
-
-def _modules_to_train(model: nn.Module, config: LoraConfig, targeted: set[str]) -> list[str]:
-    """Paths of the norms, embeddings and head that the config asks to train as a whole."""
-    paths = {id(module): path for path, module in model.named_modules()}
-    chosen: list[str] = []
-    if config.train_norms:
-        norms = [path for path, module in model.named_modules() if is_norm(module)]
-        if not norms:
-            raise ConfigError("the model has no normalisation layers", place="lora.train_norms")
-        chosen += norms
-    get_input, get_output = (getattr(model, f"get_{side}_embeddings", None) for side in ("input", "output"))
-    embedding = get_input() if callable(get_input) else None
-    head = get_output() if callable(get_output) else None
-    for asked, module, key in (
-        (config.train_embeddings, embedding, "train_embeddings"),
-        (config.train_head, head, "train_head"),
-    ):
-        if asked and module is None:
-            raise ConfigError("the model does not say which module that is", place=f"lora.{key}")
-        if asked:
-            chosen.append(paths[id(module)])
-    tied = embedding is not None and head is not None and embedding.weight is head.weight
-    if tied and config.train_embeddings != config.train_head:
-        raise ConfigError(
-            "the base ties its embeddings to its head, so they can only be trained together",
-            place="lora.train_embeddings, lora.train_head",
-            next_step="set both to true, or both to false",
-        )
-    both = targeted & set(chosen)
-    if both:
-        raise ConfigError("a module is both targeted and trained as a whole", place="lora", found=", ".join(sorted(both)))
-    return chosen
-
-
-def is_norm(module: nn.Module) -> bool:
-    """Whether a module is a normalisation layer with parameters: torch's own, or a class named ...Norm."""
-    known = isinstance(module, (nn.LayerNorm, nn.RMSNorm, nn.GroupNorm)) or type(module).__name__.endswith("Norm")
-    return known and any(True for _ in module.parameters(recurse=False))
-
-
-def count_parameters(model: nn.Module, *, trainable_only: bool = False) -> int:
-    """Number of weights. 4-bit layers count their weights, not their bytes; ZeRO-3 shares count as the whole."""
-    packed = {id(p): 0 for m in model.modules() if isinstance(m, Linear4bit) for p in (m.weight, m.statistics)}
-    for module in model.modules():
-        if isinstance(module, (Linear4bit, nf4.BnbLinear4bit)):
-            packed[id(module.weight)] = module.in_features * module.out_features
-    total = 0
-    for parameter in model.parameters():
-        if parameter.requires_grad or not trainable_only:
-            whole = getattr(parameter, "ds_numel", parameter.numel())
-            total += packed.get(id(parameter), whole)
-    return total

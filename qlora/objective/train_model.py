@@ -14,11 +14,12 @@ from torch import Tensor, nn
 from qlora.data.batch import IGNORE, Batch
 from qlora.errors import ConfigError, QloraError
 from qlora.lora.layer import LoraLayer, refuse_merged
+from qlora.lora.token_rows import borrowed_parameters
 from qlora.objective import probe
 from qlora.ops import attention
 from qlora.ops.attention import DocumentLayout, packed_forward
 from qlora.ops.cross_entropy import cross_entropy_gradients, cross_entropy_sum, with_gradients
-from qlora.quant.linear import Linear4bit
+from qlora.quant.linear import QuantizedLinear
 
 
 class LossHead(nn.Module):
@@ -50,7 +51,7 @@ class LossHead(nn.Module):
         """
         if targets_N is None:
             return self.logits(hidden_ND)
-        trainable = [p for p in self.head.parameters() if p.requires_grad]
+        trainable = [p for p in (*self.head.parameters(), *borrowed_parameters(self.head)) if p.requires_grad]
         if trainable:
             return cross_entropy_sum(hidden_ND, targets_N, self.logits, trainable), None
         loss, gradient, _ = cross_entropy_gradients(hidden_ND, targets_N, self.logits)
@@ -58,7 +59,7 @@ class LossHead(nn.Module):
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Logits (..., V), fp32, of hidden states (..., D)."""
-        if not isinstance(self.head, (LoraLayer, Linear4bit)):
+        if not isinstance(self.head, (LoraLayer, QuantizedLinear)):
             hidden = hidden.to(self.head.weight.dtype)  # type: ignore[arg-type]
         # The head's forward, not its call: this module is the one that hooks belong to.
         logits = self.head.forward(hidden).float() if hidden.dtype != torch.float64 else self.head.forward(hidden)

@@ -1,4 +1,11 @@
-"""The LoRA linear as one autograd function: y = x W^T + b + s (dropout(x) A^T) B^T  (Hu et al. 2021, equation 3).
+"""The LoRA linear as one autograd function: y = x W^T + b + s ((dropout(x) A^T) B^T + c)  (Hu et al. 2021, equation 3).
+
+With a magnitude m it is DoRA (Liu et al. 2024, equations 5 and 11), with V = W + s B A and its row norms |V| held constant:
+
+    y = (m / |V|) (x W^T + s (dropout(x) A^T) B^T) + b
+
+Dropout is of the input of A alone, as in plain LoRA. PEFT's DoRA multiplies the dropped input with W too while it trains;
+without dropout, and in evaluation, both are the same function.
 
 W is frozen and is asked for when it is needed, in forward and again in backward, by calling `read_weight`. What stays
 alive in between is the input, nothing that was dequantized or gathered. Dropout is drawn again from its seed.
@@ -6,10 +13,16 @@ alive in between is the input, nothing that was dequantized or gathered. Dropout
 Shapes: T tokens, I inputs, O outputs, R the rank of the update.
 
     h_TR  = dropout(x) A^T
-    dB_OR = s dy^T h
-    dh_TR = s dy B
+    dz_TO = dy (m / |V|)               (dy where there is no magnitude)
+    dB_OR = s dz^T h
+    dh_TR = s dz B
     dA_RI = dh^T dropout(x)
-    dx_TI = dy W + dropout'(dh A)
+    dx_TI = dz W + dropout'(dh A)
+    dc_O  = s sum_T dy
+    dm_O  = sum_T dy z / |V|,          z = x W^T + s h B^T, computed again
+
+m / |V| begins at 1 and moves by less than bf16 can show there, so what comes after x W^T is added up in fp32 and rounded
+once.
 """
 
 from __future__ import annotations
@@ -21,6 +34,9 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+# Weights whose update is added to them at one time for a row norm: bounds what is made in fp32.
+NORM_ELEMENTS = 1 << 20
+
 
 def lora_linear(
     x: Tensor,
@@ -30,6 +46,9 @@ def lora_linear(
     lora_B_OR: Tensor | None,
     scaling: float,
     dropout: float = 0.0,
+    *,
+    lora_bias_O: Tensor | None = None,
+    magnitude_O: Tensor | None = None,
 ) -> Tensor:
     """Apply a frozen linear and, where A and B are given, its low-rank update. Rank-local.
 
@@ -42,17 +61,33 @@ def lora_linear(
         lora_A_RI, lora_B_OR: trainable, any float dtype; None for the frozen linear alone.
         scaling: s.
         dropout: probability of dropping an input of A; 0 costs nothing.
+        lora_bias_O: c, the bias of B, or None; not together with a magnitude.
+        magnitude_O: m, or None for plain LoRA.
 
     Returns:
-        (..., O) in the dtype of x. Gradients of A and B come in the dtype of A and B.
+        (..., O) in the dtype of x. Gradients of A, B, c and m come in the dtypes of these.
     """
     if torch.is_autocast_enabled(x.device.type):
         x = x.to(torch.get_autocast_dtype(x.device.type))
         with torch.autocast(x.device.type, enabled=False):
-            return lora_linear(x, read_weight, bias_O, lora_A_RI, lora_B_OR, scaling, dropout)
+            return lora_linear(
+                x, read_weight, bias_O, lora_A_RI, lora_B_OR, scaling, dropout,
+                lora_bias_O=lora_bias_O, magnitude_O=magnitude_O,
+            )  # fmt: skip
     # Drawn on the host from the default generator, so that recomputation, which restores it, draws the same.
     seed = int(torch.randint(0, 2**62, ())) if dropout > 0 and lora_A_RI is not None else 0
-    y_TO = _LoraLinear.apply(x.reshape(-1, x.shape[-1]), lora_A_RI, lora_B_OR, read_weight, bias_O, scaling, dropout, seed)
+    y_TO = _LoraLinear.apply(
+        x.reshape(-1, x.shape[-1]),
+        lora_A_RI,
+        lora_B_OR,
+        lora_bias_O,
+        magnitude_O,
+        read_weight,
+        bias_O,
+        scaling,
+        dropout,
+        seed,
+    )
     return y_TO.reshape(*x.shape[:-1], y_TO.shape[-1])
 
 
@@ -63,6 +98,26 @@ def dropout_mask(like: Tensor, dropout: float, seed: int) -> Tensor:
     return keep.to(like.dtype).div_(1.0 - dropout)
 
 
+def row_norms(weight_OI: Tensor, lora_A_RI: Tensor, lora_B_OR: Tensor, scaling: float) -> Tensor:
+    """|W + s B A| of each row (O,), fp32 or wider, without a graph. No second weight is made.
+
+    A row of zeros has the smallest positive number for a norm: it has no direction, and stays what it is.
+    """
+    wide = torch.promote_types(weight_OI.dtype, torch.float32)
+    A_RI, B_OR = lora_A_RI.detach().to(wide), lora_B_OR.detach().to(wide)
+    step = max(1, NORM_ELEMENTS // weight_OI.shape[1])
+    norms = [
+        torch.linalg.vector_norm(torch.addmm(rows.to(wide), B, A_RI, alpha=scaling), dim=1)
+        for rows, B in zip(weight_OI.detach().split(step), B_OR.split(step), strict=True)
+    ]
+    return torch.cat(norms).clamp_(min=torch.finfo(wide).tiny)
+
+
+def _sum_tokens(x_TO: Tensor) -> Tensor:
+    """Sum over tokens (O,), fp32 or wider."""
+    return x_TO.sum(0, dtype=torch.promote_types(x_TO.dtype, torch.float32))
+
+
 class _LoraLinear(torch.autograd.Function):
     @staticmethod
     def forward(
@@ -70,6 +125,8 @@ class _LoraLinear(torch.autograd.Function):
         x_TI: Tensor,
         lora_A_RI: Tensor | None,
         lora_B_OR: Tensor | None,
+        lora_bias_O: Tensor | None,
+        magnitude_O: Tensor | None,
         read_weight: Callable[[], Tensor],
         bias_O: Tensor | None,
         scaling: float,
@@ -79,44 +136,63 @@ class _LoraLinear(torch.autograd.Function):
         ctx.save_for_backward(x_TI)
         # Kept as the parameters themselves, not as saved tensors: recomputation compares the shapes of saved tensors, and
         # a frozen parameter that ZeRO-3 has partitioned in the meantime has shape (0,).
-        ctx.lora_A, ctx.lora_B = lora_A_RI, lora_B_OR
+        ctx.lora_A, ctx.lora_B, ctx.lora_bias, ctx.magnitude = lora_A_RI, lora_B_OR, lora_bias_O, magnitude_O
         ctx.read_weight, ctx.scaling, ctx.dropout, ctx.seed = read_weight, scaling, dropout, seed
         weight_OI = read_weight()
         in_dtype, dtype = x_TI.dtype, weight_OI.dtype
         x_TI = x_TI.to(dtype)
         bias = None if bias_O is None else bias_O.to(dtype)
-        y_TO = torch.nn.functional.linear(x_TI, weight_OI, bias)
+        y_TO = torch.nn.functional.linear(x_TI, weight_OI, bias if magnitude_O is None else None)
+        if lora_A_RI is None or lora_B_OR is None:
+            return y_TO.to(in_dtype)
+        norms_O = None if magnitude_O is None else row_norms(weight_OI, lora_A_RI, lora_B_OR, scaling)
         del weight_OI
-        if lora_A_RI is not None and lora_B_OR is not None:
-            dropped_TI = x_TI * dropout_mask(x_TI, dropout, seed) if dropout > 0 else x_TI
-            h_TR = dropped_TI @ lora_A_RI.to(dtype).T
-            y_TO.addmm_(h_TR, lora_B_OR.to(dtype).T, alpha=scaling)
+        dropped_TI = x_TI * dropout_mask(x_TI, dropout, seed) if dropout > 0 else x_TI
+        h_TR = dropped_TI @ lora_A_RI.to(dtype).T
+        if norms_O is not None:
+            ctx.norms_O, dtype = norms_O, norms_O.dtype
+            y_TO = y_TO.to(dtype)
+        y_TO.addmm_(h_TR.to(dtype), lora_B_OR.to(dtype).T, alpha=scaling)
+        if magnitude_O is not None and norms_O is not None:
+            y_TO.mul_(magnitude_O / norms_O)
+            if bias is not None:
+                y_TO.add_(bias)
+        elif lora_bias_O is not None:
+            y_TO.add_(lora_bias_O.to(dtype), alpha=scaling)
         return y_TO.to(in_dtype)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         (x_TI,) = ctx.saved_tensors
-        lora_A, lora_B = ctx.lora_A, ctx.lora_B
-        need_x, need_A, need_B = ctx.needs_input_grad[:3]
-        grad_x = grad_A = grad_B = None
+        lora_A, lora_B, lora_bias, magnitude = ctx.lora_A, ctx.lora_B, ctx.lora_bias, ctx.magnitude
+        need_x, need_A, need_B, need_c, need_m = ctx.needs_input_grad[:5]
+        grad_x = grad_A = grad_B = grad_c = grad_m = None
         in_dtype = x_TI.dtype
-        weight_OI = ctx.read_weight() if need_x else None
+        weight_OI = ctx.read_weight() if need_x or need_m else None
         dtype = weight_OI.dtype if weight_OI is not None else grads[0].dtype
         dy_TO = grads[0].to(dtype)
-        if weight_OI is not None:
-            grad_x = dy_TO @ weight_OI
-            del weight_OI
+        if need_c:
+            grad_c = (_sum_tokens(dy_TO) * ctx.scaling).to(lora_bias.dtype)
+        dz_TO = dy_TO if magnitude is None else dy_TO.clone().mul_(magnitude / ctx.norms_O)
+        z_TO = (x_TI.to(dtype) @ weight_OI.T).to(ctx.norms_O.dtype) if need_m and weight_OI is not None else None
+        if need_x and weight_OI is not None:
+            grad_x = dz_TO @ weight_OI
+        del weight_OI
         if lora_A is not None and lora_B is not None:
             x_TI = x_TI.to(dtype)
             mask_TI = dropout_mask(x_TI, ctx.dropout, ctx.seed) if ctx.dropout > 0 else None
             dropped_TI = x_TI if mask_TI is None else x_TI * mask_TI
             A_RI, B_OR = lora_A.to(dtype), lora_B.to(dtype)
-            if need_B:
+            if need_B or z_TO is not None:
                 h_TR = dropped_TI @ A_RI.T
-                grad_B = (dy_TO.T @ h_TR).to(lora_B.dtype).mul_(ctx.scaling)
+                if need_B:
+                    grad_B = (dz_TO.T @ h_TR).to(lora_B.dtype).mul_(ctx.scaling)
+                if z_TO is not None:
+                    z_TO.addmm_(h_TR.to(z_TO.dtype), lora_B.to(z_TO.dtype).T, alpha=ctx.scaling)
+                    grad_m = (_sum_tokens(z_TO.mul_(dy_TO)) / ctx.norms_O).to(magnitude.dtype)
             if need_A or need_x:
-                dh_TR = (dy_TO @ B_OR).mul_(ctx.scaling)
+                dh_TR = (dz_TO @ B_OR).mul_(ctx.scaling)
                 if need_A:
                     grad_A = (dh_TR.T @ dropped_TI).to(lora_A.dtype)
                 if grad_x is not None:
@@ -124,4 +200,5 @@ class _LoraLinear(torch.autograd.Function):
                         grad_x.addmm_(dh_TR, A_RI)
                     else:
                         grad_x.addcmul_(dh_TR @ A_RI, mask_TI)
-        return None if grad_x is None else grad_x.to(in_dtype), grad_A, grad_B, None, None, None, None, None
+        grad_x = None if grad_x is None else grad_x.to(in_dtype)
+        return grad_x, grad_A, grad_B, grad_c, grad_m, None, None, None, None, None

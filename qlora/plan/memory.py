@@ -14,7 +14,8 @@ from typing import Literal
 
 from qlora.config.schema import JobConfig, QuantizationConfig
 from qlora.errors import ConfigError
-from qlora.lora.target import ALL_LINEAR, Candidate, ends_with, select
+from qlora.lora.target import ALL_LINEAR, Candidate, choose, ends_with, refuse_unused_patterns
+from qlora.lora.update import Update, pattern_of
 from qlora.plan.shapes import BaseShapes, TensorShape
 
 Mode = Literal["single", "ddp", "zero1", "zero2", "zero3"]
@@ -95,6 +96,9 @@ class RankPlan:
         return self.kept_bytes + sum(self.working.values())
 
 
+ROW_SCALE_BYTES = 4  # of a row in 8 bits
+
+
 def statistics_bytes(num_weights: int, config: QuantizationConfig) -> int:
     """Bytes of the scales of a 4-bit weight; the layout is described in `qlora.ops.nf4`."""
     num_blocks = -(-num_weights // config.block_size)
@@ -102,7 +106,7 @@ def statistics_bytes(num_weights: int, config: QuantizationConfig) -> int:
 
 
 def is_quantized(tensor: TensorShape, job: JobConfig) -> bool:
-    """Whether loading puts this tensor into 4 bits."""
+    """Whether loading quantizes this tensor."""
     config = job.model.quantization
     skipped = config is not None and any(ends_with(tensor.module, name) for name in config.skip_modules)
     return tensor.kind == "linear" and config is not None and not skipped
@@ -110,21 +114,30 @@ def is_quantized(tensor: TensorShape, job: JobConfig) -> bool:
 
 def adapted(base: BaseShapes, job: JobConfig) -> set[str]:
     """Paths of the layers that get A and B. Raises ConfigError, AdapterError as training would."""
-    classes = {True: ("Linear4bit", "Linear"), False: ("Linear",)}
+    bits = job.model.quantization.bits if job.model.quantization is not None else 4
+    classes = {True: (f"Linear{bits}bit", "QuantizedLinear", "Linear"), False: ("Linear",)}
     candidates = [
         Candidate(t.module, classes[is_quantized(t, job)], supported=True, is_head=t.kind == "head")
         for t in base.tensors
         if t.kind in ("linear", "head")
     ]
-    targeted = select(candidates, job.lora.target_modules, job.lora.exclude_modules).targeted
-    narrow = {t.module: min(t.shape) for t in base.tensors if t.kind in ("linear", "head") and min(t.shape) < job.lora.r}
-    for path, limit in narrow.items():
-        if targeted.pop(path, ALL_LINEAR) != ALL_LINEAR or not targeted:
+    targeted = choose(candidates, job.lora).targeted
+    targeted = {path: entry for path, entry in targeted.items() if entry != ALL_LINEAR or not is_saved(path, job)}
+    refuse_unused_patterns(job.lora, targeted)
+    sides = {t.module: min(t.shape) for t in base.tensors if t.kind in ("linear", "head")}
+    for path, r in {path: Update.of(job.lora, path).r for path in targeted}.items():
+        if r > sides[path] and (targeted.pop(path) != ALL_LINEAR or not targeted):
             raise ConfigError(
                 f"the rank exceeds the smaller dimension of {path}",
-                place="lora.r", found=job.lora.r, wanted=f"at most {limit}",
+                place="lora.r" if pattern_of(job.lora.rank_pattern, path) is None else "lora.rank_pattern",
+                found=r, wanted=f"at most {sides[path]}",
             )  # fmt: skip
     return set(targeted)
+
+
+def is_saved(module: str, job: JobConfig) -> bool:
+    """Whether `lora.modules_to_save` names this module, or one that it is in."""
+    return any(f".{name}." in f".{module}." for name in job.lora.modules_to_save)
 
 
 def stored_parameters(base: BaseShapes, job: JobConfig, zero: ZeroSettings | None = None) -> list[Stored]:
@@ -139,11 +152,12 @@ def stored_parameters(base: BaseShapes, job: JobConfig, zero: ZeroSettings | Non
         )
     stored = []
     for tensor in base.tensors:
-        trains = wholly.get(tensor.kind, False) or tensor.module in targets
+        whole = wholly.get(tensor.kind, False) or is_saved(tensor.module, job)
+        trains = whole or tensor.module in targets
         # Nothing asks for a frozen embedding in backward, and a frozen head's gradient is made in forward.
         uses = 2 if trains or tensor.kind not in ("embedding", "head") else 1
         uses *= 2 if tensor.kind == "embedding" and base.tied else 1
-        for part, elements, itemsize in _parts(tensor, job, wholly.get(tensor.kind, False), tensor.module in targets):
+        for part, elements, itemsize in _parts(tensor, job, whole, tensor.module in targets):
             may_stay = part == "trained" or (part == "unquantized" and len(tensor.shape) == 1)
             stays = may_stay and elements <= zero.param_persistence_threshold
             stored.append(Stored(tensor.module, part, elements, itemsize, uses, tensor.in_layer, stays))
@@ -163,7 +177,10 @@ def _within_budget(stored: list[Stored], budget: int) -> list[Stored]:
 def _parts(tensor: TensorShape, job: JobConfig, wholly: bool, is_target: bool) -> Iterator[tuple[Part, int, int]]:
     """What training makes of one tensor: (part, elements, bytes an element), with the A and B of its layer."""
     count, quantization = tensor.num_elements, job.model.quantization
-    if quantization is not None and is_quantized(tensor, job):
+    if quantization is not None and quantization.bits == 8 and is_quantized(tensor, job):
+        yield "packed weights", count, 1
+        yield "statistics", ROW_SCALE_BYTES * tensor.num_outputs, 1
+    elif quantization is not None and is_quantized(tensor, job):
         itemsize = ITEMSIZE[quantization.quant_storage]
         yield "packed weights", -(-count // 2) // itemsize, itemsize
         yield "statistics", statistics_bytes(count, quantization), 1
@@ -172,8 +189,13 @@ def _parts(tensor: TensorShape, job: JobConfig, wholly: bool, is_target: bool) -
     else:
         yield "unquantized", count, ITEMSIZE[job.model.dtype]
     if is_target and tensor.kind in ("linear", "head"):
+        update = Update.of(job.lora, tensor.module)
         for side in reversed(tensor.shape):
-            yield "trained", job.lora.r * side, ITEMSIZE[job.lora.dtype]
+            yield "trained", update.r * side, ITEMSIZE[job.lora.dtype]
+        if update.use_dora:
+            yield "trained", tensor.num_outputs, 4
+        if update.lora_bias:
+            yield "trained", tensor.num_outputs, ITEMSIZE[job.lora.dtype]
 
 
 def modes_of(job: JobConfig, ranks: int) -> list[Mode]:
@@ -284,9 +306,12 @@ def gathered_bytes(stored: Iterable[Stored], *, recompute: bool) -> int:
 
 
 def _dequantized_bytes(base: BaseShapes, job: JobConfig) -> int:
-    """The largest 4-bit weight in the dtype to compute in, and its scales in fp32."""
+    """The largest quantized weight in the dtype to compute in, and its scales in fp32."""
     config = job.model.quantization
-    counts = [t.num_elements for t in base.tensors if is_quantized(t, job)]
+    quantized = [t for t in base.tensors if is_quantized(t, job)]
+    counts = [t.num_elements for t in quantized]
     if config is None or not counts:
         return 0
+    if config.bits == 8:
+        return max(t.num_elements * ITEMSIZE[job.model.dtype] + ROW_SCALE_BYTES * t.num_outputs for t in quantized)
     return max(counts) * ITEMSIZE[job.model.dtype] + 4 * -(-max(counts) // config.block_size)

@@ -1,13 +1,12 @@
 """The tensors of a base by name and shape, from the headers of its files or, where there are none, from its config.json.
 
-A plan needs no weight, only sizes. A safetensors header (8 bytes little-endian length, then JSON) gives them exactly; for
-models built like Llama they follow from a few numbers of the config, so that a base can be planned before it is fetched.
+A plan needs no weight, only sizes. A safetensors header gives them exactly; for models built like Llama they follow from a
+few numbers of the config, so that a base can be planned before it is fetched.
 What kind a tensor is follows from its name and number of dimensions.
 """
 
 from __future__ import annotations
 
-import json
 import math
 import re
 from collections.abc import Iterator
@@ -16,15 +15,13 @@ from pathlib import Path
 from typing import Any, Literal
 
 from qlora.errors import BaseModelError
+from qlora.model_files import ITEMSIZES, find_weight_files, read_config, read_header
 
 Kind = Literal["linear", "embedding", "head", "norm", "bias", "expert", "other"]
 Shape = tuple[int, ...]
 
+CONV1D = ("gpt2", "openai-gpt")  # transformers' Conv1D: their files hold linear weights as (in, out)
 LLAMA_LIKE = ("llama", "mistral", "qwen2", "qwen3", "phi3")
-INDEX_NAME = "model.safetensors.index.json"
-MOST_HEADER_BYTES = 100_000_000  # what safetensors itself accepts
-DTYPE_BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I64": 8, "I32": 4, "I16": 2, "I8": 1, "U8": 1, "BOOL": 1}
-DTYPE_BYTES |= {"F8_E4M3": 1, "F8_E5M2": 1}
 CONFIG_DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 _EMBEDDINGS = ("embed_tokens", "wte", "embed_in", "word_embeddings", "tok_embeddings")
 _HEADS = ("lm_head", "embed_out")
@@ -38,19 +35,26 @@ class TensorShape:
 
     Attributes:
         path: name in the model, such as `model.layers.0.mlp.up_proj.weight`.
-        shape: as in the files; (out, in) of a linear weight.
+        shape: as in the files.
         kind: linear is what quantization and LoRA look at; a head, embedding, norm, bias or expert stays in 16 bits.
         itemsize: bytes an element in the files.
+        transposed: a linear weight that lies in the files as (in, out).
     """
 
     path: str
     shape: Shape
     kind: Kind
     itemsize: int
+    transposed: bool = False
 
     @property
     def num_elements(self) -> int:
         return math.prod(self.shape)
+
+    @property
+    def num_outputs(self) -> int:
+        """Rows of a linear weight (out, in)."""
+        return self.shape[1 if self.transposed else 0]
 
     @property
     def module(self) -> str:
@@ -95,17 +99,18 @@ def read_shapes(folder: Path) -> BaseShapes:
     path = folder / "config.json"
     if not path.is_file():
         raise BaseModelError("no config.json", place=str(folder), wanted="a Hugging Face model folder")
-    config = _read_json(path)
+    config = read_config(folder)
     if "quantization_config" in config:
         raise BaseModelError(
             "a base that comes quantized cannot be planned",
             place=str(path),
             next_step="plan with the original model, or with a folder that holds its config.json alone",
         )
-    files = _weight_files(folder)
+    files = find_weight_files(folder, next_step="fetch them, or give a folder that holds config.json alone")
     if not files:
         return shapes_from_config(config, str(path))
-    found = {name: entry for file in files for name, entry in _read_header(file).items()}
+    stated = (entry for file in files for entry in read_header(file)[0])
+    found = {entry.name: (entry.shape, ITEMSIZES[entry.dtype]) for entry in stated}
     tied = bool(config.get("tie_word_embeddings")) or not any(_is_head(name) for name in found)
     return _classified(found, config, tied, "the headers of its safetensors files")
 
@@ -160,8 +165,10 @@ def _llama_like(config: dict[str, Any]) -> Iterator[tuple[str, Shape]]:
 def _classified(found: dict[str, tuple[Shape, int]], config: dict[str, Any], tied: bool, source: str) -> BaseShapes:
     matrices = {path for path, (shape, _) in found.items() if len(shape) == 2}
     has_experts = any(config.get(key) for key in ("num_local_experts", "num_experts", "n_routed_experts"))
+    transposed = config.get("model_type") in CONV1D
+    kinds = {path: _kind(path, shape, matrices, has_experts) for path, (shape, _) in found.items()}
     tensors = [
-        TensorShape(path, shape, _kind(path, shape, matrices, has_experts), itemsize)
+        TensorShape(path, shape, kinds[path], itemsize, transposed and kinds[path] == "linear")
         for path, (shape, itemsize) in found.items()
         if not (tied and _is_head(path)) and not path.endswith("rotary_emb.inv_freq")
     ]
@@ -193,43 +200,3 @@ def _forward_order(tensor: TensorShape) -> tuple[int, list[tuple[int, str]]]:
     """Embedding, layers by number, what follows them, head."""
     place = {"embedding": 0, "head": 3}.get(tensor.kind, 1 if tensor.in_layer else 2)
     return place, [(int(part), "") if part.isdigit() else (-1, part) for part in tensor.path.split(".")]
-
-
-def _weight_files(folder: Path) -> list[Path]:
-    index, single = folder / INDEX_NAME, folder / "model.safetensors"
-    if not index.is_file():
-        return [single] if single.is_file() else []
-    names = sorted({str(name) for name in _read_json(index).get("weight_map", {}).values()})
-    missing = [name for name in names if not (folder / name).is_file()]
-    if missing or not names:
-        raise BaseModelError(
-            "the index names files that are not there",
-            place=str(index),
-            found=", ".join(missing[:5]) or "no files",
-            next_step="fetch them, or give a folder that holds config.json alone",
-        )
-    return [folder / name for name in names]
-
-
-def _read_header(file: Path) -> dict[str, tuple[Shape, int]]:
-    """Return name -> (shape, bytes an element) of one safetensors file. Reads no weight."""
-    try:
-        with file.open("rb") as stream:
-            length = int.from_bytes(stream.read(8), "little")
-            if length > min(MOST_HEADER_BYTES, file.stat().st_size - 8):
-                raise ValueError("it ends before its header does")
-            header = json.loads(stream.read(length))
-        header.pop("__metadata__", None)
-        return {name: (tuple(map(int, entry["shape"])), DTYPE_BYTES[entry["dtype"]]) for name, entry in header.items()}
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise BaseModelError(f"damaged safetensors header: {error}", place=str(file)) from error
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-        if not isinstance(value, dict):
-            raise TypeError("not a JSON object")
-    except (ValueError, TypeError, RecursionError) as error:
-        raise BaseModelError(f"not JSON: {error}", place=str(path)) from error
-    return value

@@ -2,7 +2,8 @@
 
 Blocks of 64 weights are quantized each for itself, so a rank that is to keep the packed bytes [a, b) reads the weights
 behind them, widened to whole blocks, and nothing else. What a rank cannot know alone are the scales of the other
-ranks' blocks, which double quantization takes the mean of: a 64th of the weight, exchanged once.
+ranks' blocks, which double quantization takes the mean of: a 64th of the weight, exchanged once. In 8 bits a block is a
+row, and the scales are exchanged because they are cut elsewhere than the weight: in bytes, 4 a row.
 
 Tensors come out in full size with this rank's run filled and the rest left as it was allocated, which on a CPU costs no
 memory; `Sharding.keep` then cuts them down.
@@ -14,8 +15,9 @@ import torch
 from torch import Tensor
 
 from qlora.distributed.sharding import Sharding
-from qlora.ops import nf4
+from qlora.ops import int8, nf4
 from qlora.ops.nf4 import QuantSpec
+from qlora.quant.linear import QuantizedLinear
 from qlora.quant.shards import JoinedEntry, TensorEntry
 
 
@@ -65,7 +67,12 @@ def all_scales(own: Tensor, num_elements: int, spec: QuantSpec, sharding: Shardi
         return own
     packed_length = spec.packed_shape(num_elements)[0]
     runs = [_weights_of_run(sharding, packed_length, spec, num_elements, rank) for rank in range(sharding.world_size)]
-    counts = [-(-last // spec.block_size) - -(-first // spec.block_size) for first, last in runs]
+    return _exchange_scales(own, runs, spec.block_size, sharding)
+
+
+def _exchange_scales(own: Tensor, runs: list[tuple[int, int]], block_size: int, sharding: Sharding) -> Tensor:
+    """The scales of all blocks, of which each rank has brought those that begin in its run of the weights. Collective."""
+    counts = [-(-last // block_size) - -(-first // block_size) for first, last in runs]
     padded = torch.zeros(max(counts), dtype=torch.float32, device=own.device)
     padded[: own.numel()] = own
     gathered = sharding.exchange(padded).reshape(sharding.world_size, -1)
@@ -78,3 +85,47 @@ def _weights_of_run(
     """First and last (exclusive) weight behind a rank's run of the packed tensor."""
     first, last = (2 * spec.storage.itemsize * n for n in sharding.run(packed_length, rank))
     return min(first, num_elements), min(last, num_elements)
+
+
+def quantize_rows_run(
+    entry: TensorEntry, sharding: Sharding, device: torch.device, dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    """Quantize what this rank keeps of a weight (out, in) to 8 bits. Rank-local. Raises BaseModelError.
+
+    Args:
+        dtype: the weight is rounded to it before it is quantized.
+
+    Returns:
+        int8 (out, in) with this rank's run filled, and the fp32 absmax of the rows that begin in this run, for `all_rows`.
+    """
+    num_columns = entry.shape[1]
+    first, last = sharding.run(entry.num_elements)
+    own_first, own_last = -(-first // num_columns), -(-last // num_columns)
+    packed = torch.empty(entry.num_elements, dtype=torch.int8, device=device)
+    absmax = torch.zeros(own_last - own_first, dtype=torch.float32, device=device)
+    step = int8.rows_at_once(num_columns)
+    for begin in range(first // num_columns, own_last if first < last else 0, step):
+        end = min(begin + step, own_last)
+        rows = entry.read(begin * num_columns, end * num_columns).to(device=device, dtype=dtype)
+        bits, own = int8.quantize_rows(rows.reshape(-1, num_columns), f"{entry.file}: {entry.name}")
+        low, high = max(begin * num_columns, first), min(end * num_columns, last)
+        packed[low:high] = bits.reshape(-1)[low - begin * num_columns : high - begin * num_columns]
+        from_row = max(begin, own_first)
+        absmax[from_row - own_first : end - own_first] = own[from_row - begin :]
+    return packed.reshape(entry.shape), absmax
+
+
+def all_rows(own: Tensor, shape: tuple[int, ...], sharding: Sharding) -> Tensor:
+    """The absmax (out,) of a weight (out, in), fp32, out of every rank's own. Collective where a copy is shared out."""
+    if sharding.world_size == 1:
+        return own
+    runs = [sharding.run(shape[0] * shape[1], rank) for rank in range(sharding.world_size)]
+    return _exchange_scales(own, runs, shape[1], sharding)
+
+
+def quantize_transpose(
+    layer: QuantizedLinear, entry: TensorEntry, device: torch.device, dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    """Packed bytes and statistics, as wholes, of a weight that lies in its file as (in, out). Raises BaseModelError."""
+    weight = entry.read_whole().to(device=device, dtype=dtype).T.contiguous()
+    return layer.quantize(weight, f"{entry.file}: {entry.name}")

@@ -6,7 +6,6 @@ and keeps its run of every tensor alone. The bytes are those of transformers' ow
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -17,10 +16,12 @@ from torch import Tensor, nn
 
 from qlora.config.schema import QuantizationConfig
 from qlora.distributed.sharding import Sharding
-from qlora.ops import nf4
+from qlora.ops import int8, nf4
 from qlora.quant import room
-from qlora.quant.fill import all_scales, quantize_run, read_run
-from qlora.quant.linear import Linear4bit
+from qlora.quant.fill import all_rows, all_scales, quantize_rows_run, quantize_run, quantize_transpose, read_run
+from qlora.quant.grow import grow_vocabulary
+from qlora.quant.linear import Linear4bit, QuantizedLinear
+from qlora.quant.residual import InitialFactors, Method, change_base
 from qlora.quant.skeleton import Filling, Skeleton, check_shape, read_skeleton
 from qlora.quant.source import BaseSource
 
@@ -31,9 +32,9 @@ class BaseRecord:
 
     Attributes:
         source: where it came from.
-        dtype: of unquantized weights and of 4-bit arithmetic.
-        quantization: as asked for; of a base that came in 4 bits, as it was found; None for none.
-        quantized: paths of the 4-bit layers.
+        dtype: of unquantized weights, and what quantized layers compute in.
+        quantization: as asked for; of a base that came quantized, as it was found; None for none.
+        quantized: paths of the quantized layers.
         unquantized: path -> why it was left, for linear layers and expert weights that stay as they are.
         unexpected: tensors in the files that the architecture has no place for.
     """
@@ -56,6 +57,8 @@ def load_model(
     sharding: Sharding | None = None,
     check_room: bool = True,
     progress: Callable[[int, int], None] | None = None,
+    initial: Method | InitialFactors | None = None,
+    num_rows: int | None = None,
 ) -> Any:
     """Load a causal language model, frozen and in eval mode.
 
@@ -64,30 +67,37 @@ def load_model(
 
     Args:
         source: from `resolve_base`.
-        dtype: of unquantized weights, and of what 4-bit layers compute in.
-        quantization: None leaves the base as it is (a base that comes in 4 bits stays so either way).
+        dtype: of unquantized weights, and of what quantized layers compute in.
+        quantization: None leaves the base as it is (a base that comes quantized stays so either way).
         device: None is the current GPU, or the CPU where there is none.
         attention: a name transformers' attention interface knows; auto leaves the choice to transformers.
         sharding: from `Runtime.sharding`.
         check_room: refuse a base that the free memory does not hold.
         progress: called with (parameters done, parameters in all).
+        initial: what is taken out of some weights before they are quantized, or how to find it; kept as `qlora_initial`.
+        num_rows: of embedding and head, where the files hold less (see `grow.grow_vocabulary`).
 
     Raises:
         BaseModelError: see `skeleton.read_skeleton`, `room.check_room`; the same on every rank.
+        ConfigError: see `residual.change_base`; the same on every rank.
     """
     dtype = getattr(torch, dtype) if isinstance(dtype, str) else dtype
     device = torch.device(device if device is not None else ("cuda" if torch.cuda.is_available() else "cpu"))
     sharding = sharding or Sharding()
     skeleton = sharding.together(partial(read_skeleton, source, dtype, quantization, attention=attention))
     model = skeleton.model
+    if num_rows is not None:
+        sharding.together(partial(grow_vocabulary, skeleton, num_rows))
     if check_room:
         sharding.together(partial(room.check_room, skeleton, sharding, device))
     _settle_ties(skeleton, sharding, device)
+    if initial is not None:
+        model.qlora_initial = change_base(skeleton, initial, sharding, device, dtype)
     _fill(skeleton, sharding, device, dtype, progress)
     _tie(model)
     _restore_computed_buffers(model, device)
     _load_generation_config(model, source)
-    quantized = tuple(name for name, module in model.named_modules() if isinstance(module, Linear4bit))
+    quantized = tuple(name for name, module in model.named_modules() if isinstance(module, QuantizedLinear))
     model.requires_grad_(False).eval()
     model.qlora_base = BaseRecord(
         source, dtype, skeleton.quantization, quantized, skeleton.unquantized, tuple(skeleton.unexpected)
@@ -130,36 +140,34 @@ def _fill(
 ) -> None:
     """Read this rank's run of every parameter, and every buffer that the files hold. Collective."""
     model, fillings = skeleton.model, skeleton.fillings
-    kept_in_fp32 = model._get_dtype_plan(dtype) if dtype != torch.float32 and hasattr(model, "_get_dtype_plan") else {}
-    fp32_patterns = [re.compile(pattern) for pattern in kept_in_fp32]
+    dtypes = skeleton.dtypes(dtype)
     for done, (key, filling) in enumerate(fillings.items()):
         path, _, own_name = key.rpartition(".")
         module = model.get_submodule(path)
-        if isinstance(module, Linear4bit) and own_name == "weight":
-            _fill_linear4bit(module, filling, sharding, device, dtype)
+        if isinstance(module, QuantizedLinear) and own_name == "weight":
+            _fill_quantized(module, filling, sharding, device, dtype)
         else:
-            target = getattr(module, own_name)
-            kept_dtype = torch.float32 if any(p.search(key) for p in fp32_patterns) else target.dtype
-            _fill_tensor(model, key, filling, sharding, device, kept_dtype)
+            _fill_tensor(model, key, filling, sharding, device, dtypes[key])
         if progress is not None:
             progress(done + 1, len(fillings))
 
 
-def _fill_linear4bit(
-    layer: Linear4bit, filling: Filling, sharding: Sharding, device: torch.device, dtype: torch.dtype
+def _fill_quantized(
+    layer: QuantizedLinear, filling: Filling, sharding: Sharding, device: torch.device, dtype: torch.dtype
 ) -> None:
     """Read and quantize this rank's run of one weight, and keep it with its run of the statistics. Collective."""
-    entry, spec = filling.entries[-1], layer.spec
+    entry = filling.entries[-1]
     if filling.came is not None:
         packed, statistics = sharding.together(partial(filling.came.read, sharding, device))
     elif layer.transposed_in_files:
         # A run of rows of the transpose lies all over the file.
-        packed, statistics = sharding.together(
-            lambda: nf4.quantize(entry.read_whole().to(device=device, dtype=dtype).T.contiguous(), spec)
-        )
+        packed, statistics = sharding.together(partial(quantize_transpose, layer, entry, device, dtype))
+    elif isinstance(layer, Linear4bit):
+        packed, scales = sharding.together(partial(quantize_run, entry, layer.spec, sharding, device, dtype))
+        statistics = nf4.pack_statistics(all_scales(scales, entry.num_elements, layer.spec, sharding), layer.spec)
     else:
-        packed, scales = sharding.together(partial(quantize_run, entry, spec, sharding, device, dtype))
-        statistics = nf4.pack_statistics(all_scales(scales, entry.num_elements, spec, sharding), spec)
+        packed, absmax = sharding.together(partial(quantize_rows_run, entry, sharding, device, dtype))
+        statistics = int8.pack_statistics(all_rows(absmax, entry.shape, sharding))
     layer.set_packed(packed, statistics, dtype)
     sharding.keep(layer.weight)
     sharding.keep(layer.statistics)

@@ -15,10 +15,10 @@ from pathlib import Path
 from typing import Any
 
 from qlora.files import sync_folder
-from qlora.quant import shards
+from qlora.model_files import INDEX_NAME
 from qlora.quant.source import ORIGIN_NAME, BaseSource
 
-NOT_COPIED = ("*.safetensors", "*.bin", shards.INDEX_NAME, "config.json", ORIGIN_NAME, "*.pt", "*.gguf")
+NOT_COPIED = ("*.safetensors", "*.bin", INDEX_NAME, "config.json", ORIGIN_NAME, "merge_report.json", "*.pt", "*.gguf")
 
 
 @contextmanager

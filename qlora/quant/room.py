@@ -10,7 +10,7 @@ from torch import Tensor
 
 from qlora.distributed.sharding import Sharding
 from qlora.errors import BaseModelError
-from qlora.quant.linear import Linear4bit
+from qlora.quant.linear import QuantizedLinear
 from qlora.quant.skeleton import Skeleton
 
 CGROUP = Path("/sys/fs/cgroup")
@@ -19,7 +19,7 @@ CGROUP = Path("/sys/fs/cgroup")
 def share_bytes(skeleton: Skeleton, sharding: Sharding) -> tuple[int, int]:
     """(bytes that this rank is to keep of the base, bytes of the largest single tensor on its way). Rank-local."""
     kept = largest = 0
-    made = {f"{path}.statistics" for path, module in skeleton.model.named_modules() if isinstance(module, Linear4bit)}
+    made = {f"{path}.statistics" for path, module in skeleton.model.named_modules() if isinstance(module, QuantizedLinear)}
     for name, parameter in skeleton.model.named_parameters():
         if name in skeleton.fillings or name in made:
             start, stop = sharding.run(parameter.numel())
@@ -37,7 +37,7 @@ def _bytes_on_its_way(skeleton: Skeleton, name: str, parameter: Tensor) -> int:
     owner = skeleton.model.get_submodule(name.rpartition(".")[0])
     if filling.converter is not None and filling.joined is None:
         return num_bytes + sum(entry.num_bytes for entry in filling.entries)
-    if isinstance(owner, Linear4bit) and owner.transposed_in_files:
+    if isinstance(owner, QuantizedLinear) and owner.transposed_in_files:
         return num_bytes + 2 * filling.entries[-1].num_bytes
     return num_bytes
 

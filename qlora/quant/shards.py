@@ -2,8 +2,6 @@
 
 Files are not memory-mapped: mapped pages count as resident memory until the file is closed, and a base is larger than
 what a rank may hold. A tensor, or any run of its elements, is read straight into the buffer it belongs to.
-
-Format: 8 bytes little-endian header length, a JSON header {name: {dtype, shape, data_offsets}}, then the data.
 """
 
 from __future__ import annotations
@@ -14,14 +12,15 @@ import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
 
+from qlora import model_files
 from qlora.errors import BaseModelError
+from qlora.model_files import INDEX_NAME, find_weight_files, read_config
 
-MAX_HEADER_BYTES = 100_000_000
+# By the name a dtype has in a header; the same names as `model_files.ITEMSIZES`.
 DTYPES = {
     "F64": torch.float64,
     "F32": torch.float32,
@@ -36,7 +35,6 @@ DTYPES = {
     "F8_E4M3": torch.float8_e4m3fn,
     "F8_E5M2": torch.float8_e5m2,
 }
-INDEX_NAME = "model.safetensors.index.json"
 
 
 @dataclass(frozen=True)
@@ -130,76 +128,15 @@ def read_header_and_metadata(file: Path) -> tuple[dict[str, TensorEntry], dict[s
     Raises:
         BaseModelError: not a safetensors file, damaged, truncated, or of an unknown dtype.
     """
+    stated, metadata = model_files.read_header(file)
     size = file.stat().st_size
-    with open(file, "rb") as stream:
-        length = int.from_bytes(stream.read(8), "little")
-        if size < 8 or length > min(MAX_HEADER_BYTES, size - 8):
-            raise BaseModelError("not a safetensors file, or cut short", place=str(file), found=f"{size} bytes")
-        raw = stream.read(length)
-    try:
-        header = json.loads(raw, object_pairs_hook=_refuse_duplicates)
-        metadata = header.pop("__metadata__", None) or {}
-        entries = {}
-        if not all(isinstance(text, str) for text in metadata.values()):
-            raise ValueError("its metadata is not text")
-        for name, item in header.items():
-            begin, end = item["data_offsets"]
-            if item["dtype"] not in DTYPES:
-                raise BaseModelError(f"{name} is of a dtype that is not read here", place=str(file), found=item["dtype"])
-            if any(type(n) is not int or n < 0 for n in (begin, end, *item["shape"])):
-                raise ValueError(f"{name} has a shape or place that is no whole number")
-            entry = TensorEntry(name, file, DTYPES[item["dtype"]], tuple(item["shape"]), 8 + length + begin)
-            if end - begin != entry.num_bytes:
-                raise ValueError(f"{name} has {end - begin} bytes, its shape needs {entry.num_bytes}")
-            if 8 + length + end > size:
-                raise BaseModelError(
-                    f"the file is cut short inside {name}", place=str(file), found=f"{size} bytes",
-                    wanted=f"at least {8 + length + end}", next_step="download or copy the file again",
-                )  # fmt: skip
-            entries[name] = entry
-        _refuse_overlaps(entries.values())
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise BaseModelError(f"damaged safetensors header: {error}", place=str(file)) from error
-    return entries, metadata
-
-
-def _refuse_overlaps(entries: Iterable[TensorEntry]) -> None:
-    free = 0
-    for entry in sorted(entries, key=lambda entry: (entry.offset, entry.num_bytes)):
-        if entry.offset < free:
-            raise ValueError(f"{entry.name} begins inside another tensor")
-        free = entry.offset + entry.num_bytes
-
-
-def _refuse_duplicates(pairs: list[tuple[str, object]]) -> dict[str, object]:
-    table = dict(pairs)
-    if len(table) != len(pairs):
-        raise ValueError("a key stands twice")
-    return table
-
-
-def find_weight_files(folder: Path) -> list[Path]:
-    """The safetensors files of a model folder, by its index where there is one.
-
-    Raises:
-        BaseModelError: none there, or the index names a file that is missing.
-    """
-    index = folder / INDEX_NAME
-    if index.is_file():
-        try:
-            names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
-            files = [folder / name for name in names]
-        except (ValueError, KeyError, AttributeError, TypeError) as error:
-            raise BaseModelError(f"damaged index: {error}", place=str(index)) from error
-        missing = [file.name for file in files if file.parent != folder or not file.is_file()]
-        if missing:
+    for item in stated:
+        if item.stop > size:
             raise BaseModelError(
-                "the index names files that are not there", place=str(index), found=", ".join(missing[:5]),
-                next_step="download or copy them, or mend the index",
+                f"the file is cut short inside {item.name}", place=str(file), found=f"{size} bytes",
+                wanted=f"at least {item.stop}", next_step="download or copy the file again",
             )  # fmt: skip
-        return files
-    single = folder / "model.safetensors"
-    return [single] if single.is_file() else []
+    return {item.name: TensorEntry(item.name, file, DTYPES[item.dtype], item.shape, item.start) for item in stated}, metadata
 
 
 def read_entries(folder: Path) -> dict[str, TensorEntry]:
@@ -222,18 +159,6 @@ def read_entries(folder: Path) -> dict[str, TensorEntry]:
                 f"the index names {len(lost)} tensors that no file holds", place=str(index), found=", ".join(lost[:5])
             )
     return entries
-
-
-def read_config(folder: Path) -> dict[str, Any]:
-    """config.json as a dictionary. Raises BaseModelError where it is none."""
-    path = folder / "config.json"
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-        if not isinstance(config, dict):
-            raise TypeError("not a JSON object")
-    except (ValueError, TypeError, RecursionError) as error:
-        raise BaseModelError(f"not JSON: {error}", place=str(path)) from error
-    return config
 
 
 def fingerprint(folder: Path, files: Iterable[Path]) -> str:

@@ -10,22 +10,22 @@ import math
 import re
 from copy import deepcopy
 from dataclasses import dataclass, field
-from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
+from qlora.config.rules import unused_keys
 from qlora.config.schema import QuantizationConfig
-from qlora.distributed.sharding import Sharding
-from qlora.errors import BaseModelError
-from qlora.ops import nf4
-from qlora.ops.nf4 import QuantSpec, StoredState
+from qlora.errors import BaseModelError, ConfigError
+from qlora.ops.nf4 import QuantSpec
 from qlora.quant import shards
-from qlora.quant.linear import Linear4bit
+from qlora.quant.linear import Linear4bit, QuantizedLinear
+from qlora.quant.linear8bit import Linear8bit
 from qlora.quant.pickled import read_pickled_entries
+from qlora.quant.prequantized import Prequantized, as_stored, entries_beside, find_prequantized, stated_quantization
 from qlora.quant.shards import JoinedEntry, TensorEntry
-from qlora.quant.source import ORIGIN_NAME, BaseSource
+from qlora.quant.source import BaseSource
 
 
 @dataclass
@@ -36,7 +36,7 @@ class Filling:
         entries: by the order of their names; the last one counts where the tensor is used as it is.
         converter: a transformers WeightConverter that makes the tensor of several; None where it is used as it is.
         joined: the same tensor as its entries one after another, where it is no more than that.
-        came: the weight is in 4 bits already.
+        came: the weight is quantized already.
     """
 
     entries: list[TensorEntry] = field(default_factory=list)
@@ -45,42 +45,15 @@ class Filling:
     came: Prequantized | None = None
 
 
-@dataclass(frozen=True)
-class Prequantized:
-    """Where the bytes and the scales of a weight that came in 4 bits lie."""
-
-    packed: TensorEntry
-    statistics: tuple[Tensor | TensorEntry, ...]
-    state: StoredState
-
-    def read(self, sharding: Sharding, device: torch.device) -> tuple[Tensor, Tensor]:
-        """Packed weight and statistics, in full size, with this rank's runs of both filled. Rank-local."""
-        packed = torch.empty(self.packed.shape, dtype=self.packed.dtype, device=device)
-        start, stop = sharding.run(packed.numel())
-        packed.view(-1)[start:stop] = self.packed.read(start, stop).to(device)
-        parts = [part if isinstance(part, Tensor) else part.as_bytes() for part in self.statistics]
-        sizes = [part.numel() * part.element_size() if isinstance(part, Tensor) else part.num_elements for part in parts]
-        statistics = torch.empty(sum(sizes), dtype=torch.uint8, device=device)
-        start, stop = sharding.run(statistics.numel())
-        offset = 0
-        for part, size in zip(parts, sizes, strict=True):
-            first, last = max(start - offset, 0), min(stop - offset, size)
-            if first < last:
-                own = part.view(torch.uint8)[first:last] if isinstance(part, Tensor) else part.read(first, last)
-                statistics[offset + first : offset + last] = own.to(device)
-            offset += size
-        return packed, statistics
-
-
 @dataclass
 class Skeleton:
     """A base whose tensors have been found but not read.
 
     Attributes:
-        model: without storage, its linear layers replaced where they are or are to be in 4 bits.
+        model: without storage, its linear layers replaced where they are or are to be quantized.
         fillings: parameter or buffer -> which tensors of the files make it.
         quantization: as asked for, or as it was found.
-        came_quantized: the files are in 4 bits.
+        came_quantized: the files are.
         unquantized, unexpected: see `load.BaseRecord`.
     """
 
@@ -91,6 +64,20 @@ class Skeleton:
     unquantized: dict[str, str]
     unexpected: list[str]
 
+    def dtypes(self, dtype: torch.dtype) -> dict[str, torch.dtype]:
+        """What each tensor is held in, by its key: the model's own, or fp32 where transformers never lowers it.
+
+        Args:
+            dtype: that the model was built in.
+        """
+        model = self.model
+        kept_in_fp32 = model._get_dtype_plan(dtype) if dtype != torch.float32 and hasattr(model, "_get_dtype_plan") else {}
+        fp32_patterns = [re.compile(pattern) for pattern in kept_in_fp32]
+        return {
+            key: torch.float32 if any(p.search(key) for p in fp32_patterns) else model.get_parameter_or_buffer(key).dtype
+            for key in self.fillings
+        }
+
 
 def read_skeleton(
     source: BaseSource, dtype: torch.dtype, quantization: QuantizationConfig | None, *, attention: str = "auto"
@@ -100,8 +87,17 @@ def read_skeleton(
     Raises:
         BaseModelError: unknown architecture, remote code needed, another quantization method, missing tensors, shapes
             that differ from the config's, damaged files.
+        ConfigError: keys of 4 bits that 8 bits would ignore.
     """
-    found = _bitsandbytes_config(source)
+    unused = unused_keys(quantization)
+    if unused:
+        raise ConfigError(
+            "in 8 bits a row has one scale, so this would change nothing",
+            place=f"model.quantization.{unused[0]}",
+            found=getattr(quantization, unused[0]),
+            next_step="remove it, or quantize to 4 bits",
+        )
+    found = stated_quantization(source)
     model = _build(source, dtype, attention)
     pickled = source.fingerprint is None
     entries = read_pickled_entries(source.folder) if pickled else shards.read_entries(source.folder)
@@ -109,56 +105,12 @@ def read_skeleton(
     unquantized: dict[str, str] = {}
     if found is not None:
         unexpected = _place_prequantized(model, fillings, entries, unexpected, dtype)
-        found = _as_stored(found, source, fillings)
+        found = as_stored(found, source, [filling.came for filling in fillings.values() if filling.came is not None])
     elif quantization is not None:
-        unquantized = _place_linear4bit(model, quantization, dtype)
+        unquantized = _place_quantized(model, quantization, dtype)
     _check_shapes(model, fillings)
     _refuse_lost(model, fillings, source)
     return Skeleton(model, fillings, found or quantization, found is not None, unquantized, unexpected)
-
-
-def _bitsandbytes_config(source: BaseSource) -> QuantizationConfig | None:
-    """How a base that comes quantized was quantized, or None. Refuses methods other than bitsandbytes' 4 bits."""
-    stated = shards.read_config(source.folder).get("quantization_config")
-    if stated is None:
-        return None
-    method = stated.get("quant_method")
-    if method != "bitsandbytes" or not stated.get("load_in_4bit"):
-        raise BaseModelError(
-            "the base comes quantized in a way that is not supported",
-            place=str(source.folder / "config.json"),
-            found=method if method != "bitsandbytes" else "bitsandbytes, 8 bits",
-            wanted="an unquantized base, or bitsandbytes in 4 bits",
-            next_step="use the original, unquantized model: it is quantized while it is read",
-        )
-    return QuantizationConfig(
-        quant_type=stated.get("bnb_4bit_quant_type", "fp4"), double_quant=bool(stated.get("bnb_4bit_use_double_quant"))
-    )
-
-
-def _as_stored(found: QuantizationConfig, source: BaseSource, fillings: dict[str, Filling]) -> QuantizationConfig:
-    """What config.json does not say: the block size, and of a prepared base everything that was asked for.
-
-    Raises:
-        BaseModelError: the record of a prepared base says something else than its weights.
-    """
-    states = [filling.came.state.spec for filling in fillings.values() if filling.came is not None]
-    if not states:
-        return found
-    spec = states[0]
-    stored = {"quant_type": spec.quant_type, "block_size": spec.block_size, "double_quant": spec.double_quant}
-    if source.origin is None:
-        return found.model_copy(update=stored)
-    recorded = source.origin.quantization
-    if any(getattr(recorded, name) != value for name, value in stored.items()):
-        raise BaseModelError(
-            "the record of what this base was prepared from does not fit its weights",
-            place=str(source.folder / ORIGIN_NAME),
-            found=recorded.model_dump(include=set(stored)),
-            wanted=stored,
-            next_step="prepare the base again, or delete the record",
-        )
-    return recorded
 
 
 def _build(source: BaseSource, dtype: torch.dtype, attention: str) -> Any:
@@ -233,13 +185,13 @@ def _join(converter: Any, sources: dict[str, list[TensorEntry]], shape: tuple[in
     return JoinedEntry(parts, shape) if whole and len({part.dtype for part in parts}) == 1 else None
 
 
-def _place_linear4bit(model: Any, config: QuantizationConfig, dtype: torch.dtype) -> dict[str, str]:
-    """Put a Linear4bit without storage where a linear layer is to be quantized. Returns what was left, and why."""
+def _place_quantized(model: Any, config: QuantizationConfig, dtype: torch.dtype) -> dict[str, str]:
+    """Put a quantized layer without storage where a linear layer is to be quantized. Returns what was left, and why."""
     from transformers.pytorch_utils import Conv1D
     from transformers.quantizers.base import get_keys_to_not_convert
 
     storage = torch.uint8 if config.quant_storage == "auto" else getattr(torch, config.quant_storage)
-    spec = QuantSpec(config.quant_type, config.block_size, config.double_quant, storage)
+    spec = QuantSpec(config.quant_type, config.block_size, config.double_quant, storage) if config.bits == 4 else None
     kept = dict.fromkeys(get_keys_to_not_convert(model), "output head or tied weight")
     left: dict[str, str] = {}
     for name, module in list(model.named_modules()):
@@ -260,7 +212,7 @@ def _place_linear4bit(model: Any, config: QuantizationConfig, dtype: torch.dtype
         elif name in kept:
             left[name] = kept[name]
         else:
-            layer = Linear4bit(in_features, out_features, module.bias is not None, spec, dtype, device="meta")
+            layer = _without_storage(in_features, out_features, module.bias is not None, spec, dtype)
             layer.transposed_in_files = isinstance(module, Conv1D)
             model.set_submodule(name, layer)
     return left
@@ -269,36 +221,36 @@ def _place_linear4bit(model: Any, config: QuantizationConfig, dtype: torch.dtype
 def _place_prequantized(
     model: Any, fillings: dict[str, Filling], entries: dict[str, TensorEntry], unexpected: list[str], dtype: torch.dtype
 ) -> list[str]:
-    """Put a Linear4bit without storage where the files hold what bitsandbytes writes of one. Returns what is left over."""
+    """Put a quantized layer without storage where the files hold what bitsandbytes writes of one. Returns what is left."""
     from transformers.pytorch_utils import Conv1D
 
-    beside: dict[str, dict[str, TensorEntry]] = {}
-    for name, entry in entries.items():
-        path, found, suffix = name.rpartition(".weight.")
-        if found:
-            beside.setdefault(f"{path}.weight", {})[f".{suffix}"] = entry
+    beside = entries_beside(entries)
     used: set[str] = set()
     for key, filling in fillings.items():
         stored = filling.entries[-1]
         own = beside.get(stored.name, {})
-        if not any(suffix.startswith(".quant_state.") for suffix in own):
+        filling.came = find_prequantized(stored, own)
+        if filling.came is None:
             continue
-        state = nf4.read_state(stored, own, partial(_read_whole, own), f"{stored.file}: {stored.name}")
-        filling.came = Prequantized(stored, tuple(nf4.statistics_parts(state, own)), state)
         used |= {entry.name for entry in own.values()}
         path = key.removesuffix(".weight")
         linear: Any = model.get_submodule(path)
         wanted = tuple(linear.weight.shape)
-        check_shape(stored, key, state.shape, wanted[::-1] if isinstance(linear, Conv1D) else wanted)
-        out_features, in_features = state.shape
-        layer = Linear4bit(in_features, out_features, linear.bias is not None, state.spec, dtype, device="meta")
+        check_shape(stored, key, filling.came.shape, wanted[::-1] if isinstance(linear, Conv1D) else wanted)
+        out_features, in_features = filling.came.shape
+        layer = _without_storage(in_features, out_features, linear.bias is not None, filling.came.spec, dtype)
         layer.transposed_in_files = isinstance(linear, Conv1D)  # in files that hold it unquantized
         model.set_submodule(path, layer)
     return [name for name in unexpected if name not in used]
 
 
-def _read_whole(entries: dict[str, TensorEntry], suffix: str) -> Tensor:
-    return entries[suffix].read_whole()
+def _without_storage(
+    in_features: int, out_features: int, bias: bool, spec: QuantSpec | None, dtype: torch.dtype
+) -> QuantizedLinear:
+    """A layer in 4 bits, or in 8 where there is no spec."""
+    if spec is None:
+        return Linear8bit(in_features, out_features, bias, dtype, device="meta")
+    return Linear4bit(in_features, out_features, bias, spec, dtype, device="meta")
 
 
 def _check_shapes(model: Any, fillings: dict[str, Filling]) -> None:
@@ -306,7 +258,7 @@ def _check_shapes(model: Any, fillings: dict[str, Filling]) -> None:
         path, _, own_name = key.rpartition(".")
         module = model.get_submodule(path)
         entry = filling.entries[-1]
-        if not isinstance(module, Linear4bit) or own_name != "weight":
+        if not isinstance(module, QuantizedLinear) or own_name != "weight":
             if filling.converter is None:
                 check_shape(entry, key, entry.shape, tuple(getattr(module, own_name).shape))
             continue
@@ -336,7 +288,7 @@ def _refuse_lost(model: Any, fillings: dict[str, Filling], source: BaseSource) -
     while any(tie & there and not tie <= there for tie in ties):
         there |= {name for tie in ties if tie & there for name in tie}
     ignored = [re.compile(pattern) for pattern in getattr(model, "_keys_to_ignore_on_load_missing", None) or []]
-    made = {f"{path}.statistics" for path, module in model.named_modules() if isinstance(module, Linear4bit)}
+    made = {f"{path}.statistics" for path, module in model.named_modules() if isinstance(module, QuantizedLinear)}
     wanted = [name for name in model.state_dict() if name not in there | made]
     lost = [name for name in wanted if not any(pattern.search(name) for pattern in ignored)]
     if lost:

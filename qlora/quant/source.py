@@ -16,6 +16,7 @@ from pydantic import Field, ValidationError
 from qlora.assets import tiny_path
 from qlora.config.schema import QuantizationConfig, Section
 from qlora.errors import BaseModelError
+from qlora.model_files import find_weight_files
 from qlora.quant import shards
 from qlora.quant.pickled import PICKLES
 
@@ -100,7 +101,7 @@ def resolve_base(base: str, revision: str | None = None, *, allow_pickle: bool =
         folder, commit = _fetch(base, revision, allow_pickle)
     if not (folder / "config.json").is_file():
         raise BaseModelError("no config.json", place=str(folder), wanted="a Hugging Face model folder")
-    files = shards.find_weight_files(folder)
+    files = find_weight_files(folder)
     if not files:
         pickles = sorted(file.name for file in folder.glob(PICKLES))
         if not pickles or not allow_pickle:

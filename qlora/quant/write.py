@@ -12,7 +12,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from qlora.quant.shards import DTYPES, INDEX_NAME
+from qlora.model_files import INDEX_NAME
+from qlora.quant.shards import DTYPES
 
 SHARD_BYTES = 5_000_000_000
 NAMES = {dtype: name for name, dtype in DTYPES.items()}
@@ -20,12 +21,16 @@ NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 @dataclass(frozen=True)
 class Planned:
-    """One tensor to be written; `make` is called once, when its turn comes."""
+    """One tensor to be written.
+
+    Attributes:
+        make: called once, when its turn comes. Gives the tensor, or runs of its elements one after another.
+    """
 
     name: str
     shape: tuple[int, ...]
     dtype: torch.dtype
-    make: Callable[[], Tensor]
+    make: Callable[[], Tensor | Iterable[Tensor]]
 
     @property
     def num_bytes(self) -> int:
@@ -33,12 +38,19 @@ class Planned:
 
 
 def write_model(folder: Path, tensors: Iterable[Planned], shard_bytes: int = SHARD_BYTES) -> None:
-    """Write model.safetensors, or shards with their index. Holds one tensor at a time."""
+    """Write model.safetensors, or shards with their index. Holds one tensor at a time.
+
+    Args:
+        shard_bytes: the most a shard's tensors have; one that is larger has a shard to itself.
+    """
     shards: list[list[Planned]] = [[]]
+    filled = 0
     for planned in tensors:
-        if shards[-1] and sum(p.num_bytes for p in shards[-1]) + planned.num_bytes > shard_bytes:
+        if shards[-1] and filled + planned.num_bytes > shard_bytes:
             shards.append([])
+            filled = 0
         shards[-1].append(planned)
+        filled += planned.num_bytes
     if len(shards) == 1:
         write_file(folder / "model.safetensors", shards[0])
         return
@@ -56,7 +68,7 @@ def write_file(path: Path, tensors: list[Planned]) -> None:
     """Write one safetensors file and flush it to the disk.
 
     Raises:
-        ValueError: a tensor comes out with another shape or dtype than was planned.
+        ValueError: a tensor comes out with another shape, size or dtype than was planned.
     """
     header: dict[str, object] = {"__metadata__": {"format": "pt"}}
     offset = 0
@@ -70,9 +82,16 @@ def write_file(path: Path, tensors: list[Planned]) -> None:
         file.write(len(raw).to_bytes(8, "little"))
         file.write(raw)
         for planned in tensors:
-            value = planned.make()
-            if tuple(value.shape) != planned.shape or value.dtype != planned.dtype:
-                raise ValueError(f"{planned.name} came out as {tuple(value.shape)} {value.dtype}")
-            file.write(value.cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+            made = planned.make()
+            if isinstance(made, Tensor) and tuple(made.shape) != planned.shape:
+                raise ValueError(f"{planned.name} came out as {tuple(made.shape)}")
+            num_elements = 0
+            for piece in [made] if isinstance(made, Tensor) else made:
+                if piece.dtype != planned.dtype:
+                    raise ValueError(f"{planned.name} came out as {piece.dtype}")
+                file.write(piece.cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+                num_elements += piece.numel()
+            if num_elements != math.prod(planned.shape):
+                raise ValueError(f"{planned.name} came out with {num_elements} elements")
         file.flush()
         os.fsync(file.fileno())

@@ -13,10 +13,13 @@ from qlora.adapter.base import load_base
 from qlora.config.schema import JobConfig
 from qlora.data.sampler import Split
 from qlora.distributed import runtime as processes
-from qlora.distributed.runtime import Engine, Runtime
+from qlora.distributed.engine import Engine
+from qlora.distributed.runtime import Runtime
 from qlora.errors import ConfigError
-from qlora.lora.inject import LoraReport, inject_lora
-from qlora.lora.layer import LoraLayer
+from qlora.lora.inject import inject_lora
+from qlora.lora.kinds import WRAPPERS
+from qlora.lora.layer import trained_B
+from qlora.lora.report import LoraReport
 from qlora.objective.train_model import LossHead, TrainModel
 from qlora.train.optim import build_optimizer
 
@@ -32,11 +35,14 @@ def check_device(config: JobConfig, runtime: Runtime) -> None:
         )
 
 
-def build_model(config: JobConfig, runtime: Runtime, *, force: bool = False) -> tuple[Any, TrainModel, LoraReport]:
+def build_model(
+    config: JobConfig, runtime: Runtime, *, force: bool = False, resumed: Path | None = None
+) -> tuple[Any, TrainModel, LoraReport]:
     """The base with its LoRA layers, and the module that is to be prepared. Collective.
 
     Args:
         force: load a base that the free memory does not seem to hold.
+        resumed: the checkpoint that is gone on from, whose base is rebuilt where its start changed the base.
     """
     model, _ = load_base(
         config.model.base,
@@ -48,6 +54,9 @@ def build_model(config: JobConfig, runtime: Runtime, *, force: bool = False) -> 
         allow_pickle=config.model.allow_pickle,
         sharding=runtime.sharding(),
         check_room=not force,
+        lora=config.lora,
+        seed=config.train.seed,
+        adapter=resumed,
     )
     if config.data.chat_template is not None:
         model.qlora_chat_template = Path(config.data.chat_template).read_text(encoding="utf-8")
@@ -91,7 +100,12 @@ def prepare_engine(config: JobConfig, runtime: Runtime, train_model: TrainModel)
     """
     parameters = [p for p in train_model.parameters() if p.requires_grad]
     optimizer = build_optimizer(
-        parameters, config.train, runtime.device, sharded=runtime.is_zero, on_cpu=runtime.offloads_optimizer
+        parameters,
+        config.train,
+        runtime.device,
+        sharded=runtime.is_zero,
+        on_cpu=runtime.offloads_optimizer,
+        lora_B=trained_B(train_model),
     )
     engine = processes.prepare(
         runtime,
@@ -99,7 +113,7 @@ def prepare_engine(config: JobConfig, runtime: Runtime, train_model: TrainModel)
         optimizer,
         max_grad_norm=config.train.max_grad_norm,
         scale_loss=config.model.dtype == "float16",
-        leaves=(LoraLayer, LossHead),
+        leaves=(*WRAPPERS, LossHead),
     )
     with engine.micro_step(last=False):
         train_model.settle()

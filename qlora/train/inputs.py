@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import NoReturn
 
 from qlora.config.schema import JobConfig
+from qlora.data.new_tokens import add_new_tokens
 from qlora.data.prepare import prepare as tokenize
 from qlora.data.token_store import TokenizedDataset
 from qlora.data.tokenizer import load_tokenizer, padding_token_id
@@ -33,6 +34,7 @@ def open_inputs(config: JobConfig) -> Callable[[], tuple[BaseSource, Data]]:
     try:
         source = resolve_base(config.model.base, config.model.revision, allow_pickle=config.model.allow_pickle)
         tokenizer = load_tokenizer(str(source.folder))
+        add_new_tokens(tokenizer, config.lora.new_tokens)
         rows = tokenize(config.data.train, tokenizer, config.data)
         eval_rows = tokenize(config.data.eval, tokenizer, config.data) if config.data.eval else None
     except QloraError as error:

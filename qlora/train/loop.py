@@ -10,7 +10,8 @@ from typing import Literal
 from qlora.config.schema import JobConfig
 from qlora.data.loader import TrainLoader
 from qlora.data.sampler import Position
-from qlora.distributed.runtime import Engine, Runtime
+from qlora.distributed.engine import Engine
+from qlora.distributed.runtime import Runtime
 from qlora.errors import QloraError
 from qlora.train.hooks import Hook
 from qlora.train.optim import learning_rate_at

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 from qlora.checkpoint.state import Identity
 from qlora.config.schema import JobConfig
-from qlora.lora.inject import LoraReport
+from qlora.lora.report import LoraReport
+
+_FIRST_PLAIN = """ this adapter fits what its start left of the base's weights. Make a plain one of it first, with
+`qlora export THIS_FOLDER OUT --for peft`, and open that:"""
 
 
 def model_card(config: JobConfig, identity: Identity, report: LoraReport, num_steps: int) -> str:
@@ -12,7 +15,13 @@ def model_card(config: JobConfig, identity: Identity, report: LoraReport, num_st
     base = identity.base
     pinned = f", revision {base['revision']}" if base.get("revision") else ""
     quantization = config.model.quantization
-    bits = f"{quantization.quant_type}, double quantization {quantization.double_quant}" if quantization else "none"
+    bits = quantization.kind if quantization else "none"
+    if quantization and quantization.bits == 4:
+        bits += f", double quantization {quantization.double_quant}"
+    lora = config.lora
+    changes_base = lora.init_lora_weights not in ("default", "gaussian", "eva", "loftq") or (
+        lora.init_lora_weights == "loftq" and lora.loftq_iterations > 1
+    )
     return f"""---
 base_model: {base["name"]}
 library_name: peft
@@ -32,7 +41,7 @@ tags: [lora, qlora]
 
 With qlora: `qlora generate --adapter THIS_FOLDER --prompt "..."`
 
-With PEFT:
+With PEFT:{_FIRST_PLAIN if changes_base else ""}
 
 ```python
 from peft import PeftModel

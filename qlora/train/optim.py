@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from typing import Any
 
 import torch
@@ -14,17 +14,26 @@ from qlora.errors import ConfigError
 
 
 def build_optimizer(
-    parameters: Iterable[nn.Parameter], config: TrainConfig, device: torch.device, *, sharded: bool, on_cpu: bool = False
+    parameters: Iterable[nn.Parameter],
+    config: TrainConfig,
+    device: torch.device,
+    *,
+    sharded: bool,
+    on_cpu: bool = False,
+    lora_B: Collection[nn.Parameter] = (),
 ) -> torch.optim.Optimizer:
     """AdamW over the trainable parameters: torch's, or bitsandbytes' 8-bit and paged ones on a GPU.
 
     Args:
+        lora_B: which of the parameters are a B. Where the job asks for LoRA+, they are a group of their own whose `lr_ratio`
+            the engine multiplies with each step's learning rate (Hayou et al. 2024, whose lambda it is).
         sharded: DeepSpeed will cut up the state (it then needs torch's own).
         on_cpu: DeepSpeed will update on the CPU, where torch's fused kernel takes a tenth of the time of its plain one.
 
     Raises:
-        ConfigError: an optimizer that needs a GPU, or that DeepSpeed cannot shard.
+        ConfigError: an optimizer that needs a GPU, or that DeepSpeed cannot shard, or a ratio where there is no B.
     """
+    groups = _groups(list(parameters), config, lora_B)
     arguments: dict[str, Any] = {
         "lr": config.learning_rate,
         "betas": (config.adam_beta1, config.adam_beta2),
@@ -32,7 +41,7 @@ def build_optimizer(
         "weight_decay": config.weight_decay,
     }
     if config.optimizer == "adamw":
-        return torch.optim.AdamW(list(parameters), **arguments, fused=on_cpu or None)
+        return torch.optim.AdamW(groups, **arguments, fused=on_cpu or None)
     if device.type != "cuda" or sharded:
         raise ConfigError(
             f"{config.optimizer} needs a GPU and an optimizer state that is not sharded",
@@ -42,7 +51,26 @@ def build_optimizer(
         )
     from qlora.ops.nf4 import bitsandbytes_optimizer
 
-    return bitsandbytes_optimizer(config.optimizer)(list(parameters), **arguments)
+    return bitsandbytes_optimizer(config.optimizer)(groups, **arguments)
+
+
+def _groups(parameters: list[nn.Parameter], config: TrainConfig, lora_B: Collection[nn.Parameter]) -> list[dict[str, Any]]:
+    """Parameters by learning rate."""
+    ratio, second = config.loraplus_lr_ratio, {id(p) for p in lora_B}
+    if ratio is None:
+        return [{"params": parameters}]
+    if not second:
+        raise ConfigError(
+            "nothing that trains is the B of an update",
+            place="train.loraplus_lr_ratio",
+            found=ratio,
+            next_step="set it to null",
+        )
+    first = {"params": [p for p in parameters if id(p) not in second]}
+    return [
+        first,
+        {"params": [p for p in parameters if id(p) in second], "lr": config.learning_rate * ratio, "lr_ratio": ratio},
+    ]
 
 
 def num_warmup_steps(config: TrainConfig, num_steps: int) -> int:

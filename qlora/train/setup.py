@@ -20,18 +20,18 @@ from qlora.config.load import dump_config
 from qlora.config.schema import JobConfig
 from qlora.data.loader import EvalLoader, TrainLoader, plan_packs
 from qlora.data.sampler import Position
-from qlora.data.token_store import TokenizedDataset
 from qlora.distributed import runtime as processes
 from qlora.distributed.collectives import whole_parameters
-from qlora.distributed.runtime import Engine, Runtime
+from qlora.distributed.engine import Engine
+from qlora.distributed.runtime import Runtime
 from qlora.errors import EXIT_BUG, EXIT_DONE, EXIT_STOPPED, CheckpointError, QloraError
 from qlora.files import write_file
-from qlora.lora.inject import LoraReport
 from qlora.objective.evaluate import evaluate
-from qlora.quant.load import BaseRecord
 from qlora.quant.source import BaseSource
+from qlora.train.announce import announce
 from qlora.train.build import build_model, check_device, peak_memory_bytes, prepare_engine, split_of
 from qlora.train.dry_run import dry_run as do_dry_run
+from qlora.train.first_inputs import start_from_data
 from qlora.train.hooks import CheckpointHook, EvaluateHook, Hook, MetricsHook, ProgressHook, StatusHook
 from qlora.train.inputs import Data, open_inputs
 from qlora.train.loop import Job, train
@@ -141,7 +141,10 @@ def _train(
     )
     # Before the base is read, which may take minutes.
     found = runtime.from_main(lambda: _find_checkpoint(config, folder, identity, force))
-    model, train_model, report = build_model(config, runtime, force=force)
+    resumed = found.folder if found is not None else None
+    model, train_model, report = build_model(config, runtime, force=force, resumed=resumed)
+    if config.lora.init_lora_weights == "eva" and found is None:
+        start_from_data(config, runtime, train_model, data.rows, plan, data.pad_token_id)
     if found is not None:
         resume.load_parameters(found, model)
     engine = prepare_engine(config, runtime, train_model)
@@ -150,7 +153,7 @@ def _train(
     trainer = found.trainer if found is not None else TrainerState(0, 0, 0, 0)
     num_steps = config.train.max_steps or loader.schedule.num_steps(config.train.num_train_epochs)
     if runtime.is_main:
-        _announce(config, runtime, model.qlora_base, report, data.rows, len(plan), num_steps, found)
+        announce(config, runtime, model.qlora_base, report, data.rows, len(plan), num_steps, found)
 
     def save(result: StepResult) -> None:
         save_checkpoint(
@@ -269,43 +272,3 @@ def _hooks(
             EvaluateHook(config.eval.every_steps, lambda: evaluate(engine.model, loader, runtime.device, runtime), writer)
         )
     return hooks
-
-
-def _announce(
-    config: JobConfig,
-    runtime: Runtime,
-    base: BaseRecord,
-    report: LoraReport,
-    rows: TokenizedDataset,
-    num_packs: int,
-    num_steps: int,
-    found: resume.Found | None,
-) -> None:
-    """Say what is about to run."""
-    held, origin = base.quantization, base.source.origin
-    print(
-        f"base      {config.model.base}, {held.quant_type if held else 'not quantized'}, computing in {config.model.dtype}"
-    )
-    if origin is not None:
-        print(f"          prepared from {origin.name}, rounded to {origin.dtype} before it was quantized")
-    if held != config.model.quantization:
-        print(f"          it came in 4 bits ({held}), and model.quantization, which differs, is not applied")
-    print(f"processes {runtime.world_size}, {runtime.mode}, on {runtime.device.type}")
-    tokens = int(rows.lengths.sum())
-    print(f"data      {len(rows)} rows, {tokens:,} tokens, {rows.num_target_tokens:,} of them targets, {num_packs} packs")
-    for count, what in (
-        (rows.statistics.num_without_target, "rows left out, with nothing to learn in them"),
-        (rows.statistics.num_truncated, f"rows cut to {config.data.max_length} tokens"),
-        (rows.statistics.num_split, f"rows split at {config.data.max_length} tokens"),
-        (rows.statistics.num_dropped, f"rows left out, over {config.data.max_length} tokens"),
-        (rows.statistics.num_unstable, "rows with turns that only serve as context (the template shows them otherwise)"),
-    ):
-        if count:
-            print(f"          {count} {what}")
-    print(f"training  {num_steps} steps of {split_of(config, runtime).global_batch_size} packs")
-    print(report)
-    if found is not None:
-        print(f"resuming  {found.folder} after step {found.trainer.step}")
-        if found.trainer.step >= num_steps:
-            print("          the run is complete: nothing is left to train")
-    sys.stdout.flush()

@@ -16,7 +16,8 @@ import torch
 
 from qlora.data.loader import StepBatches
 from qlora.data.sampler import Position
-from qlora.distributed.runtime import Engine, Runtime
+from qlora.distributed.engine import Engine
+from qlora.distributed.runtime import Runtime
 
 
 @dataclass(frozen=True)

@@ -20,7 +20,7 @@ from qlora.checkpoint import resume, state
 from qlora.checkpoint.resume import changed_versions, check_identity, find_checkpoint
 from qlora.checkpoint.save import save_checkpoint
 from qlora.checkpoint.state import Identity, TrainerState
-from qlora.distributed.runtime import PlainEngine
+from qlora.distributed.engine import PlainEngine
 from qlora.errors import CheckpointError
 
 Write = Callable[..., Path]
@@ -208,7 +208,7 @@ def toy(r: int = 2) -> tuple[nn.Module, PlainEngine]:
 def engine_of(model: nn.Module) -> PlainEngine:
     parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
     optimizer = torch.optim.AdamW(parameters.values(), weight_decay=0.1)
-    return PlainEngine(RUNTIME, model, parameters, optimizer, max_grad_norm=1.0, scale_loss=False)
+    return PlainEngine(model, parameters, optimizer, max_grad_norm=1.0, scale_loss=False, device=RUNTIME.device)
 
 
 def work(engine: PlainEngine, first: int, last: int) -> None:

@@ -8,8 +8,10 @@ import os
 import pickle
 import random
 import struct
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -87,6 +89,68 @@ def test_what_real_peft_saved(tmp_path: Path, capsys: pytest.CaptureFixture[str]
     assert facts["dtypes"] == {"F32": len(state)}
     assert main(["inspect", str(tmp_path / "adapter")]) == 0
     assert "head" in capsys.readouterr().out
+
+
+VARIANTS = {
+    "use_dora": {"use_dora": True, "use_rslora": True},
+    "lora_bias": {"lora_bias": True},
+    "rank_pattern": {"rank_pattern": {"q_proj": 2}, "alpha_pattern": {"down_proj": 3}},
+    "token_rows": {"trainable_token_indices": [3, 4, 9]},
+    "target_parameters": {"target_parameters": ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]},
+    "layers_to_transform": {"layers_to_transform": [1]},
+}
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_variants_that_real_peft_saved(
+    tmp_path: Path, make_model: Callable[..., Any], variant: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Oracle: PEFT's layers, as they are in memory."""
+    peft = pytest.importorskip("peft")
+    from peft.tuners.lora import LoraLayer
+
+    base = make_model("mixtral") if variant == "target_parameters" else make_model("llama")
+    targets = ["q_proj"] if variant == "target_parameters" else ["q_proj", "down_proj"]
+    model = peft.get_peft_model(base, peft.LoraConfig(r=4, target_modules=targets, **VARIANTS[variant]))
+    model.save_pretrained(str(tmp_path))
+    layers = [module for module in model.modules() if isinstance(module, LoraLayer)]
+    facts = describe(read_adapter_folder(tmp_path))
+    assert facts["num_lora_modules"] == len(layers)
+    assert facts["ranks"] == dict(sorted(Counter(layer.r["default"] for layer in layers).items()))
+    experts = sum(type(layer).__name__ == "ParamWrapper" for layer in layers)
+    assert facts["lora_modules_by_kind"].get("experts", 0) == experts
+    assert facts["token_rows"] == ({"model.embed_tokens": 3} if variant == "token_rows" else {})
+    assert facts["num_whole_modules"] == 0
+    assert main(["inspect", str(tmp_path)]) == 0
+    shown = capsys.readouterr().out
+    for part in {
+        "use_dora": ["variants", "use_rslora, use_dora"],
+        "lora_bias": ["lora_bias"],
+        "rank_pattern": ["rank_pattern", "q_proj: 2", "2 layers of r 2, 2 layers of r 4", "down_proj: 3"],
+        "token_rows": ["rows of tokens", "3 of model.embed_tokens"],
+        "target_parameters": ["experts", "mlp.experts.down_proj"],
+        "layers_to_transform": ["layers_to_transform"],
+    }[variant]:
+        assert part in shown, shown
+
+
+def test_the_record_of_a_start_belongs_to_its_adapter(
+    write: Callable[..., Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = write()
+    record = folder / "initial_lora.safetensors"
+    record.write_bytes(b"x")
+    assert "initial_lora.safetensors lies beside an adapter that knows of none" in message_of(folder)
+    stated = {"method": "pissa", "changes_base": True, "sha256": hashlib.sha256(b"x").hexdigest()}
+    save_file(tensors(), folder / "adapter_model.safetensors", {"format": "pt", "qlora": json.dumps({"initial": stated})})
+    assert describe(read_adapter_folder(folder))["initial"] == stated
+    assert main(["inspect", str(folder)]) == 0
+    assert "pissa, for what was left of the base" in capsys.readouterr().out
+    record.write_bytes(b"y")
+    assert "initial_lora.safetensors is another adapter's" in message_of(folder)
+    record.unlink()
+    assert "initial_lora.safetensors: is missing" in message_of(folder)
 
 
 def test_table_and_json_say_the_same(write: Callable[..., Path], capsys: pytest.CaptureFixture[str]) -> None:
@@ -177,6 +241,21 @@ def test_pickles_are_never_opened(write: Callable[..., Path], tmp_path: Path) ->
         (lambda t: t.update({f"{PREFIX}v_proj.lora_A.weight": np.ones((0, 6), np.float32)}), "is empty, shape [0, 6]"),
         (lambda t: t.update({f"{PREFIX}v_proj.lora_B.weight": np.ones((2, 5), np.float32)}), "differ in r"),
         (lambda t: t.clear(), "it holds no tensors"),
+        (
+            lambda t: t.update({f"{PREFIX}q_proj.lora_magnitude_vector": np.ones(8, np.float32)}),
+            "q_proj has a magnitude, and",
+        ),
+        (lambda t: t.update({f"{PREFIX}q_proj.lora_B.bias": np.ones(8, np.float32)}), "q_proj has a bias, and the config"),
+        (lambda t: t.update({f"{PREFIX}o_proj.lora_B.bias": np.ones(8, np.float32)}), "neither lora_A nor lora_B"),
+        (lambda t: t.update({f"{PREFIX}q_proj.lora_A": np.ones((4, 6), np.float32)}), "is the same tensor as"),
+        (lambda t: t.update({f"{PREFIX}v_proj.lora_B.weight": np.ones((2, 4), np.int8)}), "is of dtype I8"),
+        (
+            lambda t: t.update(
+                {f"{PREFIX}v_proj.lora_A.weight": np.ones((5, 6), np.float32)}
+                | {f"{PREFIX}v_proj.lora_B.weight": np.ones((2, 5), np.float32)}
+            ),
+            "v_proj: lora_A has 5 rows, and the config says r 4",
+        ),
     ],
 )
 def test_a_part_that_is_missing_is_named(write: Callable[..., Path], change: Callable, wanted: str) -> None:
@@ -186,9 +265,9 @@ def test_a_part_that_is_missing_is_named(write: Callable[..., Path], change: Cal
 
 
 def test_many_damages_are_counted(write: Callable[..., Path]) -> None:
-    message = message_of(write({f"m{i}.lora_A.weight": np.ones((1, 1), np.float32) for i in range(9)}))
-    assert "damaged: 9 of its parts" in message
-    assert "and 4 more" in message
+    message = message_of(write({f"m{i}.lora_A.weight": np.ones((1, 1), np.float32) for i in range(29)}))
+    assert "damaged: 29 of its parts" in message
+    assert "and 9 more" in message
 
 
 @pytest.mark.parametrize("text", ["", "[]", "{", '{"r": 1, "r": 2}', "\x00", "[" * 100_000])

@@ -17,7 +17,7 @@ from qlora.config.schema import JobConfig
 from qlora.version import __version__
 
 HEAVY = {"torch", "transformers", "accelerate", "deepspeed", "bitsandbytes", "datasets"}
-VERBS = ("train", "generate", "eval", "merge", "prepare", "plan", "inspect", "status", "schema")
+VERBS = ("train", "generate", "eval", "merge", "export", "prepare", "plan", "inspect", "status", "schema")
 TOKEN = "hf_" + "a1B2" * 8
 
 
@@ -214,9 +214,10 @@ def test_generate_eval_and_merge_hand_over_what_they_were_given(
     merged = stand_in("qlora.adapter.merge_files", "run_merge", Path("out"))
     assert main(["merge", str(adapter), "out"]) == 0
     assert main(["merge", str(adapter), "out", "--onto", "original", "--dtype", "float16", "--base", "b"]) == 0
+    others = {"shard_bytes": 5_000_000_000, "report": None, "measure_all": False}
     assert merged == [
-        ((adapter, Path("out")), {"onto": "dequantized", "dtype": None, "base": None}),
-        ((adapter, Path("out")), {"onto": "original", "dtype": "float16", "base": "b"}),
+        ((adapter, Path("out")), {"onto": "dequantized", "dtype": None, "base": None, **others}),
+        ((adapter, Path("out")), {"onto": "original", "dtype": "float16", "base": "b", **others}),
     ]
 
 

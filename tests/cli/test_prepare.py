@@ -53,7 +53,8 @@ def test_every_option_is_handed_over(calls: Calls, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("field", "option"), [("quant_type", "--quant-type"), ("block_size", "--block-size"), ("dtype", "--dtype")]
+    ("field", "option"),
+    [("bits", "--bits"), ("quant_type", "--quant-type"), ("block_size", "--block-size"), ("dtype", "--dtype")],
 )
 def test_choices_are_those_of_the_job_file(
     calls: Calls, tmp_path: Path, capsys: pytest.CaptureFixture[str], field: str, option: str
@@ -64,7 +65,7 @@ def test_choices_are_those_of_the_job_file(
         assert main(["prepare", "some/base", str(tmp_path / "out"), option, choice]) == 0
     assert len(calls) == len(choices)
     capsys.readouterr()
-    wrong = "7" if field == "block_size" else "int8"
+    wrong = "7" if field in ("bits", "block_size") else "int8"
     assert main(["prepare", "some/base", str(tmp_path / "out"), option, wrong]) == 2
     assert capsys.readouterr().err == f"error: {option}: cannot be used\n  found: {wrong}\n  wanted: {', '.join(choices)}\n"
     assert main(["prepare", "-h"]) == 0
@@ -80,6 +81,8 @@ def test_choices_are_those_of_the_job_file(
         (["base", "base/file"], "error: base/file: would overwrite what is there\n  found: a file"),
         (["./base", "out", "--revision", "v1"], "error: --revision: only hub ids have revisions\n  found: v1 of ./base"),
         (["builtin:tiny", "out", "--revision", "v1"], "error: --revision: only hub ids have revisions"),
+        (["base", "out", "--bits", "8", "--quant-type", "fp4"], "error: --quant-type: in 8 bits a row has one scale"),
+        (["base", "out", "--bits", "8", "--no-double-quant"], "error: --double-quant: in 8 bits a row has one scale"),
     ],
 )
 def test_what_is_refused_before_any_work(

@@ -72,6 +72,13 @@ def test_overrides_win_where_the_section_is_absent_too(job, override: str, key: 
     assert getattr(job("train: {seed: 3, max_steps: 1}\n", override).train, key) == value
 
 
+def test_a_pattern_may_hold_dots_in_a_file(job) -> None:
+    text = "lora: {rank_pattern: {layers.0.q_proj: 8}, alpha_pattern: {'layers\\.0': 1e1}}\n"
+    lora = job(text, "lora.rank_pattern.v_proj=4").lora
+    assert lora.rank_pattern == {"layers.0.q_proj": 8, "v_proj": 4}
+    assert lora.alpha_pattern == {r"layers\.0": 10.0}
+
+
 def test_overrides_reach_lists_null_and_into_null(job) -> None:
     assert job("", "data.train=[a.jsonl, b.jsonl]").data.train == ["a.jsonl", "b.jsonl"]
     assert job("", "model.quantization=null").model.quantization is None
@@ -95,11 +102,16 @@ def test_overrides_reach_lists_null_and_into_null(job) -> None:
         ("lora: {r: 0}\n", ["found: 0", "at least 1"]),
         ("lora: {r: true}\n", ["job.yaml:1:11: lora.r", "found: true", "a whole number"]),
         ("lora: {r: [1]}\n", ["found: a list, [1"]),
+        ("lora: {layers_to_transform: []}\n", ["lora.layers_to_transform", "found: a list, []"]),
+        ("lora: {lora_alpha: 0}\n", ["lora.lora_alpha", "found: 0", "a number, above 0"]),
+        ("lora: {rank_pattern: {q_proj: 0}}\n", ["job.yaml:1:31: lora.rank_pattern.q_proj", "found: 0", "at least 1"]),
+        ("lora: {rank_pattern: {q_proj: true}}\n", ["lora.rank_pattern.q_proj", "found: true", "a whole number"]),
+        ("lora: {alpha_pattern: {q_proj: x}}\n", ["lora.alpha_pattern.q_proj", "found: 'x'", "a number, above 0"]),
         ("lora: {lora_dropout: 1}\n", ["a number, at least 0, below 1"]),
         ("data: {train: a.jsonl}\n", ["data.train", "found: 'a.jsonl'", "wanted: a list of text", "write [a.jsonl]"]),
         ("data:\n  train:\n  - a\n  - 5\n", ["job.yaml:4:5: data.train[1]", "found: 5", "quotes: '5'"]),
         ("model: {dtype: fp16}\n", ["one of bfloat16, float16, float32"]),
-        ("model: {quantization: {bits: 8}}\n", ["job.yaml:1:30: model.quantization.bits", "wanted: 4"]),
+        ("model: {quantization: {bits: 3}}\n", ["job.yaml:1:30: model.quantization.bits", "wanted: one of 4, 8"]),
         ("model: {quantization: 4}\n", ["a section of `key: value` lines or null"]),
         ("train: {gradient_checkpointing: x}\n", ["auto or true or false"]),
         ("train: {max_steps: x}\n", ["a whole number, at least 1 or null"]),

@@ -11,7 +11,7 @@ from torch import nn
 
 from qlora.distributed import runtime as module
 from qlora.distributed.collectives import GATHER_BYTES, whole_parameters, whole_shape
-from qlora.distributed.runtime import PlainEngine, Runtime
+from qlora.distributed.runtime import Runtime
 from qlora.errors import CheckpointError, LaunchError, QloraError
 
 
@@ -89,49 +89,6 @@ def test_ranks_that_do_not_see_one_another_are_an_error(monkeypatch: pytest.Monk
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(LaunchError, match="each would train alone"):
         module._check_world(runtime())
-
-
-def test_a_step_clips_to_the_norm_and_returns_it_from_before() -> None:
-    parameter = nn.Parameter(torch.tensor([3.0, 4.0]))
-    optimizer = torch.optim.SGD([parameter], lr=1.0)
-    engine = PlainEngine(runtime(), nn.Identity(), {"p": parameter}, optimizer, max_grad_norm=1.0, scale_loss=False)
-    engine.backward((parameter * torch.tensor([6.0, 8.0])).sum())
-    norm = engine.step(learning_rate=0.5)
-    assert (norm.item(), norm.dtype) == (10.0, torch.float32)
-    torch.testing.assert_close(parameter.detach(), torch.tensor([3.0, 4.0]) - 0.5 * torch.tensor([0.6, 0.8]))
-    assert parameter.grad is None
-
-
-def test_gradients_of_micro_steps_add_up() -> None:
-    parameter = nn.Parameter(torch.zeros(2))
-    optimizer = torch.optim.SGD([parameter], lr=1.0)
-    engine = PlainEngine(runtime(), nn.Identity(), {"p": parameter}, optimizer, max_grad_norm=100.0, scale_loss=False)
-    for micro_step in range(3):
-        with engine.micro_step(last=micro_step == 2):
-            engine.backward((parameter * torch.tensor([1.0, 2.0])).sum())
-    engine.step(learning_rate=1.0)
-    assert parameter.tolist() == [-3.0, -6.0]
-
-
-def test_optimizer_state_is_there_after_the_first_step_and_can_be_set() -> None:
-    def make() -> tuple[nn.Parameter, PlainEngine]:
-        parameter = nn.Parameter(torch.ones(3))
-        optimizer = torch.optim.AdamW([parameter])
-        return parameter, PlainEngine(runtime(), nn.Identity(), {"p": parameter}, optimizer, 1.0, scale_loss=False)
-
-    first, engine = make()
-    assert engine.optimizer_state("p") == {}
-    engine.backward(first.square().sum())
-    engine.step(0.1)
-    state = engine.optimizer_state("p")
-    assert set(state) == {"exp_avg", "exp_avg_sq"}
-    second, other = make()
-    second.data.copy_(first.data)
-    other.load_optimizer_state({"p": {key: value.clone() for key, value in state.items()}}, step=1)
-    for parameter, own in ((first, engine), (second, other)):
-        own.backward(parameter.square().sum())
-        own.step(0.1)
-    assert torch.equal(first, second)
 
 
 def test_whole_parameters_are_copies_in_any_number_of_portions(monkeypatch: pytest.MonkeyPatch) -> None:

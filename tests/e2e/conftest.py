@@ -33,7 +33,7 @@ TIMEOUT = 240.0
 ACC1 = ["train.per_device_train_batch_size={rows}", "train.gradient_accumulation_steps=1"]
 ACC2 = ["train.per_device_train_batch_size={half}", "train.gradient_accumulation_steps=2"]
 SAVES = ["checkpoint.every_steps=3", "checkpoint.keep_last=10"]
-DROPOUT = ["lora.lora_dropout=0.1"]
+DROPOUT = ["lora.lora_dropout=0.1", "train.loraplus_lr_ratio=4"]
 RECOMPUTE = ["train.gradient_checkpointing=true"]
 REENTRANT = [*RECOMPUTE, "train.gradient_checkpointing_kwargs.use_reentrant=true"]
 EVALUATES = ["data.eval=[{eval}]", "eval.every_steps=2"]
@@ -84,7 +84,63 @@ def _offload(*, after: str) -> dict[str, Job]:
     return {"recompute": Job(job), "resumed": Job(job, after=after), "tiny": Job(tiny)}
 
 
+# Two steps of every variant, on one process and in shares; a test compares what is saved.
+VARIANTS: dict[str, list[str]] = {
+    "rslora": ["lora.use_rslora=true", "lora.init_lora_weights=gaussian"],
+    "dora": ["lora.use_dora=true", "lora.target_modules=[q_proj, down_proj]"],
+    "dora on the tied head": ["lora.use_dora=true", "lora.target_modules=[lm_head, v_proj]"],
+    "lora_bias": ["lora.lora_bias=true"],
+    "patterns": ["lora.rank_pattern={{q_proj: 5, layers.1.mlp.up_proj: 2}}", "lora.alpha_pattern={{down_proj: 3}}"],
+    "some blocks": ["lora.layers_to_transform=[1]", "lora.target_modules=[q_proj, up_proj]"],
+    "modules_to_save": ["lora.modules_to_save=[model.norm]"],
+    "loraplus": ["train.loraplus_lr_ratio=8"],
+    "embedding": ["lora.target_modules=[embed_tokens, q_proj]"],
+    "dora on the embedding": ["lora.target_modules=[embed_tokens, q_proj]", "lora.use_dora=true"],
+    "token rows": ["lora.trainable_token_indices=[5, 17, 289]"],
+    "new tokens": ["lora.new_tokens=[<ping>, <pong>]"],
+    "unquantized": ["model.quantization=null", "lora.use_dora=true"],
+    "8 bits": ["model.quantization.bits=8"],
+    "pissa": ["lora.init_lora_weights=pissa"],
+    "fast pissa": ["lora.init_lora_weights=pissa_niter_4"],
+    "olora": ["lora.init_lora_weights=olora"],
+    "loftq": ["lora.init_lora_weights=loftq", "lora.loftq_iterations=2"],
+    "eva": ["lora.init_lora_weights=eva", "lora.eva_batches=2"],
+    "experts": [
+        "model.base={mixtral}",
+        "lora.target_modules=[q_proj]",
+        "lora.target_parameters=[experts.gate_up_proj, experts.down_proj]",
+    ],
+    "experts, recomputed": [
+        "model.base={mixtral}",
+        "lora.target_modules=[]",
+        "lora.target_parameters=[experts.down_proj]",
+        *RECOMPUTE,
+    ],
+    "Conv1D": ["model.base={gpt2}", "model.quantization=null", "lora.use_dora=true"],
+}
+
+
+def _variants() -> dict[str, Job]:
+    most = [*ACC1, "train.max_steps=2", "checkpoint.every_steps=null"]
+    return {name: Job([*most, *overrides]) for name, overrides in VARIANTS.items()}
+
+
+LOFTQ = [*ACC1, *SAVES, "lora.init_lora_weights=loftq", "lora.loftq_iterations=2"]
+EVA = [*ACC1, *SAVES, "lora.init_lora_weights=eva", "lora.eva_batches=3"]
+
 WORLDS = {
+    "initial": World(
+        "sharded",
+        2,
+        {
+            "loftq": Job(LOFTQ),
+            "loftq_resumed": Job(LOFTQ, after="initial.loftq"),
+            "eva": Job(EVA),
+            "eva_resumed": Job(EVA, after="initial.eva"),
+        },
+    ),
+    "variants_single": World("single", 1, _variants()),
+    "variants_sharded": World("sharded", 2, _variants()),
     "single": World(
         "single", 1, _usual(after="single.dropout") | _wholly("single") | {"dry": Job(ACC1, options=["--dry-run"])}
     ),
@@ -208,6 +264,24 @@ def make_small_base(folder: Path, *, vocabulary_rows: int | None = None) -> Path
     return folder
 
 
+def make_other_base(folder: Path, model_type: str, *, tokenizer_of: Path) -> Path:
+    """A small base of another architecture with random weights, fp32, and the tokenizer of another folder."""
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(tokenizer_of)
+    sizes = {
+        "mixtral": {"hidden_size": 64, "intermediate_size": 33, "num_hidden_layers": 2, "num_attention_heads": 4}
+        | {"num_key_value_heads": 2, "num_local_experts": 3, "num_experts_per_tok": 2},
+        "gpt2": {"n_embd": 64, "n_layer": 2, "n_head": 4, "resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0},
+    }
+    arguments = sizes[model_type] | {"vocab_size": len(tokenizer), "initializer_range": 0.1}
+    torch.manual_seed(0)
+    AutoModelForCausalLM.from_config(AutoConfig.for_model(model_type, **arguments)).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
 def write_rows(path: Path, num_rows: int, seed: int) -> Path:
     """Conversations of one question and one answer in random words."""
     words = ["alpha", "beta", "gamma", "delta", "one", "two", "three", "four", "five", "six", "seven"]
@@ -247,6 +321,7 @@ class Project:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self.base = make_small_base(folder / "base")
+        self.others = {name: folder / name for name in ("mixtral", "gpt2")}
         self.train = write_rows(folder / "train.jsonl", 23, seed=0)  # 17 packs
         self.eval = write_rows(folder / "eval.jsonl", 11, seed=1)
         self.job = folder / "job.yaml"
@@ -310,7 +385,10 @@ class Project:
                 process.wait()
 
     def fill(self, text: str, world_size: int) -> str:
-        return text.format(rows=4 // world_size, half=2 // world_size, eval=self.eval)
+        for name, folder in self.others.items():
+            if f"{{{name}}}" in text and not folder.exists():
+                make_other_base(folder, name, tokenizer_of=self.base)
+        return text.format(rows=4 // world_size, half=2 // world_size, eval=self.eval, **self.others)
 
     # Runs that tests share
 
@@ -319,7 +397,9 @@ class Project:
         world, job = name.split(".")
         if world not in self._results:
             self._results[world] = self._run_world(world)
-        return self._results[world][job]
+        found = self._results[world][job]
+        assert not any(found.codes), f"{name}: {found.codes}\n" + "\n".join(text[-3000:] for text in found.logs)
+        return found
 
     def _run_world(self, name: str) -> dict[str, Result]:
         world = WORLDS[name]
@@ -353,7 +433,6 @@ class Project:
             ranks = range(world.num_processes)
             codes = [int((folder / f"{job_name}.log.{rank}.code").read_text()) for rank in ranks]
             logs = [(folder / f"{job_name}.log.{rank}").read_text(errors="replace") for rank in ranks]
-            assert codes == [0] * world.num_processes, f"{name}.{job_name}: {codes}\n" + "\n".join(t[-3000:] for t in logs)
             results[job_name] = Result(folder / job_name, codes, logs)
         return results
 
@@ -388,6 +467,11 @@ def wait_until(condition: Callable[[], Any], timeout: float = 120.0) -> Any:
             return value
         time.sleep(0.02)
     pytest.fail("waited in vain")
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    if "variant" in metafunc.fixturenames:
+        metafunc.parametrize("variant", VARIANTS)
 
 
 @pytest.fixture(scope="session")

@@ -5,9 +5,10 @@ As in `several_jobs.py`, a rank imports once and forks for each world. A world o
     load_in_shares.py PLAN.json
     {"out": folder, "worlds": [{"size": N, "port": ..., "loads": {name: LOAD}, "trainings": {name: TRAINING}}, ...]}
 
-LOAD is {"base": folder, "dtype": name, "quantization": {...} or null}. TRAINING has these and "lora": {...}, "recompute"
-(none, plain, reentrant), "steps", "zero": what is laid over DeepSpeed's configuration, and "spoil": what is done to keep
-gathered weights alive, or null. Rank r of N writes OUT/N.r.json, and rank 0 the gradients, OUT/N.NAME.safetensors.
+LOAD is {"base": folder, "dtype": name, "quantization": {...} or null} and, where something is taken out of the weights,
+"initial": the LoRA config. TRAINING has these and "lora": {...}, "recompute" (none, plain, reentrant), "steps", "zero": what
+is laid over DeepSpeed's configuration, and "spoil": what is done to keep gathered weights alive, or null. Rank r of N writes
+OUT/N.r.json, and rank 0 the gradients, OUT/N.NAME.safetensors.
 """
 
 from __future__ import annotations
@@ -35,8 +36,10 @@ from qlora.config.schema import JobConfig, LoraConfig, QuantizationConfig
 from qlora.data.batch import Batch, collate_packed
 from qlora.distributed.collectives import is_partitioned, whole_parameters
 from qlora.distributed.sharding import Sharding
+from qlora.lora.from_weights import FromWeights
 from qlora.lora.inject import inject_lora
-from qlora.lora.layer import LoraLayer, LoraLinear
+from qlora.lora.kinds import WRAPPERS
+from qlora.lora.linear import LoraLinear
 from qlora.objective.train_model import LossHead, TrainModel
 from qlora.ops import nf4
 from qlora.quant.load import load_model
@@ -50,7 +53,10 @@ def load(plan: dict[str, Any], sharding: Sharding | None = None) -> Any:
     """The base of a LOAD, on the CPU."""
     quantization = None if plan["quantization"] is None else QuantizationConfig(**plan["quantization"])
     source = resolve_base(plan["base"])
-    return load_model(source, dtype=plan["dtype"], quantization=quantization, device="cpu", sharding=sharding)
+    initial = FromWeights(LoraConfig(**plan["initial"]), seed=1) if "initial" in plan else None
+    return load_model(
+        source, dtype=plan["dtype"], quantization=quantization, device="cpu", sharding=sharding, initial=initial
+    )
 
 
 def digests(tensors: dict[str, Tensor]) -> dict[str, str]:
@@ -149,7 +155,7 @@ class Gathered:
             module.register_forward_pre_hook(self._note)
 
     def _note(self, module: nn.Module, _inputs: Any) -> None:
-        for parameter in module.parameters(recurse=isinstance(module, (LoraLayer, LossHead))):
+        for parameter in module.parameters(recurse=isinstance(module, (*WRAPPERS, LossHead))):
             if parameter in self.names and parameter.numel() > 0:
                 storage = parameter.untyped_storage()
                 self.noted.append((self.names[parameter], storage.nbytes(), StorageWeakRef(storage)))
@@ -238,7 +244,7 @@ def forward_of_bitsandbytes(self: LoraLinear, x: Tensor) -> Tensor:
     absmax = nf4.unpack_absmax(layer.statistics.data, spec, shape.numel())
     code = bitsandbytes.functional.get_4bit_type(spec.quant_type, device="cpu")
     state = bitsandbytes.functional.QuantState(absmax, shape, code, spec.block_size, spec.quant_type, layer.compute_dtype)
-    update = x @ self.lora_A["default"].T @ self.lora_B["default"].T * self.scaling["default"]
+    update = x @ self.lora_A["default"].T @ self.lora_B["default"].T * self.updates["default"].scaling
     return bitsandbytes.matmul_4bit(x, layer.weight.data, state, bias=layer.bias) + update
 
 

@@ -28,12 +28,16 @@ UNEVEN = {"intermediate_size": 129, "vocab_size": 319}
 LOADS = (
     "llama", "llama tied", "llama tied, both in the files", "llama tied, two in the files", "llama fp4", "llama float32",
     "llama unquantized", "llama in 4 bits", "llama of two dtypes", "gpt2", "gpt_neox", "gemma2", "mixtral",
+    "llama to 8 bits", "llama in 8 bits", "gpt2 to 8 bits", "llama, pissa", "llama, loftq, 8 bits", "gpt2, olora",
 )  # fmt: skip
 
 RECOMPUTE = ("none", "plain", "reentrant")
 # No gather runs ahead: what is whole between forward and backward is so by mistake.
 NOTHING_AHEAD = {"stage3_prefetch_bucket_size": 0}
-STRICT = tuple(f"{model}, {recompute}" for model in ("llama", "mixtral") for recompute in RECOMPUTE)
+STRICT = (
+    *(f"{model}, {recompute}" for model in ("llama", "mixtral") for recompute in RECOMPUTE),
+    *("experts, none", "experts, plain"),  # with updates of the fused experts
+)
 # Gathers run ahead until so many elements are whole.
 MOST_AHEAD = 30_000
 SOME_AHEAD = {"stage3_max_live_parameters": MOST_AHEAD}
@@ -72,21 +76,36 @@ def loads(make_base: MakeBase, tmp_path_factory: pytest.TempPathFactory) -> dict
         "llama fp4": make_base("llama", **UNEVEN, **one),
         "llama float32": make_base("llama", **one),
         "llama unquantized": make_base("llama", **UNEVEN, **one),
-        "llama in 4 bits": _in_4_bits(make_base("llama", **one), folder / "in_4_bits"),
+        "llama in 4 bits": _quantized(make_base("llama", **one), folder / "in_4_bits", load_in_4bit=True),
         "llama of two dtypes": _of_two_dtypes(make_base("llama", dtype="float32", **one), folder / "two_dtypes"),
         "gpt2": make_base("gpt2", n_layer=1),  # Conv1D keeps its weights transposed
         "gpt_neox": make_base("gpt_neox", **one),  # biases
         "gemma2": make_base("gemma2", **one),
         "mixtral": make_base("mixtral", **one),  # experts of several tensors each
+        "llama to 8 bits": make_base("llama", **UNEVEN, **one),
+        "llama in 8 bits": _quantized(make_base("llama", **UNEVEN, **one), folder / "in_8_bits", load_in_8bit=True),
+        "gpt2 to 8 bits": make_base("gpt2", n_layer=1),
+        "llama, pissa": make_base("llama", **UNEVEN, **one),
+        "llama, loftq, 8 bits": make_base("llama", **UNEVEN, **one),
+        "gpt2, olora": make_base("gpt2", n_layer=1),
+    }
+    starts = {
+        "llama, pissa": {"init_lora_weights": "pissa", "r": 3},
+        "llama, loftq, 8 bits": {"init_lora_weights": "loftq", "loftq_iterations": 2, "r": 3},
+        "gpt2, olora": {"init_lora_weights": "olora", "r": 3},
     }
     quantizations: dict[str, Any] = {
         "llama fp4": {"quant_type": "fp4", "double_quant": False, "block_size": 4096},
         "llama float32": {"quant_storage": "float32", "block_size": 32},
         "llama unquantized": None,
+        "llama to 8 bits": {"bits": 8},
+        "gpt2 to 8 bits": {"bits": 8},
+        "llama, loftq, 8 bits": {"bits": 8},
     }
     assert tuple(bases) == LOADS
     return {
         name: {"base": str(base), "dtype": "bfloat16", "quantization": quantizations.get(name, {})}
+        | ({"initial": starts[name]} if name in starts else {})
         for name, base in bases.items()
     }
 
@@ -101,12 +120,12 @@ def _with_head(base: Path, folder: Path, difference: float) -> Path:
     return folder
 
 
-def _in_4_bits(base: Path, folder: Path) -> Path:
+def _quantized(base: Path, folder: Path, **bits: bool) -> Path:
     """As transformers saves a base that it has quantized."""
     from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
     config = BitsAndBytesConfig(
-        load_in_4bit=True,
+        **bits,
         bnb_4bit_compute_dtype=torch.bfloat16,
         bnb_4bit_quant_type="nf4",
         bnb_4bit_use_double_quant=True,
@@ -146,6 +165,8 @@ def trainings(make_base: MakeBase) -> dict[str, dict[str, Any]]:
         },
         "mixtral": {"base": str(make_base("mixtral", dtype="float32")), "quantization": {}, "lora": {"r": 4}},
     }
+    fused = {"target_modules": ["q_proj", "o_proj"], "target_parameters": ["experts.gate_up_proj", "experts.down_proj"]}
+    models["experts"] = models["mixtral"] | {"lora": {"r": 4} | fused}
 
     def training(model: str, recompute: str, zero: dict[str, Any], steps: int = 3, spoil: str | None = None) -> Any:
         own = {"dtype": "float32", "recompute": recompute, "zero": zero, "steps": steps, "spoil": spoil}
@@ -221,7 +242,8 @@ def test_what_ranks_gather_is_the_whole_base_byte_for_byte(
     model = wholes[name]
     wanted = script.digests(dict(model.named_parameters()) | dict(model.named_buffers()))
     tied = model.get_input_embeddings().weight is model.get_output_embeddings().weight
-    assert tied == (name in ("llama tied", "llama tied, both in the files", "gpt2", "gemma2"))
+    others = ("gpt2", "gemma2", "gpt2 to 8 bits", "gpt2, olora")
+    assert tied == (name in ("llama tied", "llama tied, both in the files", *others))
     for found in launched.ranks(world_size, "loads", name):
         assert list(found["digests"]) == list(wanted)
         assert [key for key, value in found["digests"].items() if value != wanted[key]] == []

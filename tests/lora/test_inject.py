@@ -15,8 +15,11 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 from qlora.config.schema import LoraConfig, QuantizationConfig
 from qlora.errors import AdapterError, BaseModelError, ConfigError
-from qlora.lora.inject import count_parameters, inject_lora, is_norm
-from qlora.lora.layer import LoraLinear, initial_A, lora_layers, merge_adapter
+from qlora.lora.inject import inject_lora
+from qlora.lora.layer import initial_A, lora_layers, merge_adapter
+from qlora.lora.linear import LoraLinear
+from qlora.lora.report import count_parameters
+from qlora.lora.whole import is_norm
 from qlora.quant.linear import Linear4bit
 from qlora.quant.load import load_model
 from qlora.quant.source import resolve_base
@@ -65,10 +68,6 @@ def test_the_output_before_the_first_step_is_exactly_the_bases(architecture: str
     model = make_model(architecture)
     with torch.no_grad():
         want = model(IDS).logits
-        if architecture == "gpt2":  # Conv1D, unquantized, is no linear layer
-            with pytest.raises(ConfigError, match="matches no module"):
-                inject_lora(model, LoraConfig(r=4))
-            return
         inject_lora(model, LoraConfig(r=4))
         assert torch.equal(model(IDS).logits, want)
         randomize_B(model)
@@ -121,9 +120,90 @@ def test_the_report_in_words(make_model: Callable[..., Any]) -> None:
     assert "q_proj: 2 x, by all-linear" in text
     assert "left without: o_proj, 2 x (excluded by o_proj)" in text
     assert "left without: lm_head, 1 x (output head)" in text
-    assert "cannot carry one: gate_up_proj, 2 x (3-D expert weight)" in text
+    assert "cannot carry one: gate_up_proj, 2 x (fused experts, adapted by lora.target_parameters alone)" in text
     assert "trained as a whole: model.layers.0.input_layernorm" in text
     assert f"trainable {report.num_trainable:,} of {report.num_total:,} parameters" in text
+
+
+def test_the_report_says_what_patterns_matched_and_why_others_were_left(make_model: Callable[..., Any]) -> None:
+    config = LoraConfig(r=4, rank_pattern={"q_proj": 2, r".*[qk]_proj": 3}, alpha_pattern={r"layers\.1\..*": 8.5})
+    report = inject_lora(make_model("qwen2_moe"), config)
+    assert report.patterns == {
+        "rank_pattern q_proj: 2": 2,
+        r"rank_pattern .*[qk]_proj: 3": 2,
+        r"alpha_pattern layers\.1\..*: 8.5": 7,
+    }
+    text = str(report)
+    assert "  rank_pattern q_proj: 2, in 2 x" in text
+    assert "left without: embed_tokens, 1 x (Embedding, not a linear layer)" in text
+    assert "left without: lm_head, 1 x (output head)" in text
+    assert "left without: shared_expert_gate, 2 x (a side of 1, below r = 4)" in text
+    assert "cannot carry one: gate_up_proj, 2 x (fused experts" in text
+
+
+def test_a_convolution_is_left_by_all_linear_and_named() -> None:
+    model = nn.ModuleDict({"conv": nn.Conv1d(4, 4, 3), "out": nn.Linear(8, 8)})
+    assert inject_lora(model, LoraConfig(r=2)).skipped == {"conv": "Conv1d, not a linear layer"}
+
+
+def test_counts_of_shares_are_of_whole_weights() -> None:
+    """ZeRO-3 leaves a parameter without elements and its number in `ds_numel`."""
+    model = make_mlp()
+    inject_lora(model, LoraConfig(r=4, train_norms=True))
+    want = count_parameters(model), count_parameters(model, trainable_only=True)
+    for parameter in model.parameters():
+        parameter.ds_numel = parameter.numel()  # type: ignore[attr-defined]
+        parameter.data = torch.empty(0)
+    assert (count_parameters(model), count_parameters(model, trainable_only=True)) == want
+
+
+# Ranks and scalings of single layers.
+
+
+def test_patterns_give_layers_ranks_and_scalings_of_their_own(make_model: Callable[..., Any]) -> None:
+    model = make_model("llama")
+    config = LoraConfig(
+        r=4, lora_alpha=8, rank_pattern={"mlp.up_proj": 2, r"layers\.1\..*": 3}, alpha_pattern={"q_proj": 6}, use_rslora=True
+    )
+    report = inject_lora(model, config)
+    want: dict[str, tuple[int, float]] = {}
+    for path in report.targeted:
+        r = 2 if path.endswith("mlp.up_proj") else 3 if ".layers.1." in path else 4
+        want[path] = r, (6 if path.endswith("q_proj") else 8) / r**0.5
+    found = {path: (len(layer.lora_A["default"]), layer.updates["default"].scaling) for path, layer in lora_layers(model)}
+    assert found == want
+    assert all(layer.lora_B["default"].shape[1] == want[path][0] for path, layer in lora_layers(model))
+    assert report.num_trainable == sum(
+        want[path][0] * (layer.in_features + layer.out_features) for path, layer in lora_layers(model)
+    )
+
+
+@pytest.mark.parametrize(
+    ("config", "place"),
+    [
+        ({"r": 9, "target_modules": ["3"]}, "lora.r"),
+        ({"rank_pattern": {"3": 9}, "target_modules": ["3"]}, "lora.rank_pattern"),
+        ({"r": 9, "rank_pattern": {"3": 9}, "target_modules": ["3"]}, "lora.rank_pattern"),
+    ],
+    ids=str,
+)
+def test_a_rank_that_does_not_fit_names_the_key_that_says_it(config: dict[str, Any], place: str) -> None:
+    with pytest.raises(ConfigError, match="exceeds the smaller dimension of 3") as error:
+        inject_lora(make_mlp(), LoraConfig(**config))
+    assert (error.value.place, error.value.found, error.value.wanted) == (place, 9, "at most 8")
+
+
+def test_all_linear_leaves_out_what_a_pattern_does_not_fit() -> None:
+    report = inject_lora(make_mlp(), LoraConfig(r=4, rank_pattern={"3": 9}))
+    assert report.skipped == {"3": "a side of 8, below r = 9"}
+
+
+def test_blocks_by_number_in_a_model(make_model: Callable[..., Any]) -> None:
+    model = make_model("llama")
+    report = inject_lora(model, LoraConfig(r=4, layers_to_transform=[1], layers_pattern=["layers"]))
+    assert len(report.targeted) == 7
+    assert all(path.startswith("model.layers.1.") for path in report.targeted)
+    assert "left without: q_proj, 1 x (not in layers_to_transform)" in str(report)
 
 
 def test_a_factor_is_the_same_whatever_else_is_targeted() -> None:
@@ -133,7 +213,7 @@ def test_a_factor_is_the_same_whatever_else_is_targeted() -> None:
     torch.rand(3)
     inject_lora(other, LoraConfig(r=4, target_modules=["3"]), seed=5)
     assert torch.equal(one[3].lora_A["default"], other[3].lora_A["default"])  # type: ignore[index, union-attr]
-    assert torch.equal(one[3].lora_A["default"], initial_A(4, 32, "3", 5))  # type: ignore[index, union-attr]
+    assert torch.equal(one[3].lora_A["default"], initial_A((4, 32), "3", 5))  # type: ignore[index, union-attr]
 
 
 # Refusals change nothing.
@@ -148,6 +228,11 @@ def test_a_factor_is_the_same_whatever_else_is_targeted() -> None:
         ({"r": 64}, "default", "rank exceeds"),
         ({"train_embeddings": True}, "default", "does not say which module that is"),
         ({"train_head": True}, "default", "does not say which module that is"),
+        ({"rank_pattern": {"4": 2}}, "default", "entry '4' matches no targeted module"),
+        ({"alpha_pattern": {"3": 2, "0|1": 2, "x": 2}}, "default", "entry 'x' matches no targeted module"),
+        ({"rank_pattern": {"(": 2}}, "default", "not a regular expression"),
+        ({"layers_to_transform": [0]}, "default", "in a block of the number 0"),
+        ({"use_dora": True, "lora_bias": True}, "default", "a DoRA layer cannot have it"),
         ({}, "", "cannot have this name"),
         ({}, "a.b", "cannot have this name"),
         ({}, "keys", "cannot have this name"),
@@ -303,7 +388,7 @@ def test_norms_train_in_fp32_and_give_out_what_they_gave_out(architecture: str, 
     norms = {name for name, module in model.named_modules() if is_norm(module)}
     with torch.no_grad():
         want = model(IDS).logits
-    target = {"gpt2": ["lm_head"], "opt": ["q_proj"]}.get(architecture, "all-linear")
+    target = {"opt": ["q_proj"]}.get(architecture, "all-linear")
     report = inject_lora(model, LoraConfig(r=4, target_modules=target, train_norms=True))
     assert set(report.trained) == norms
     assert {name.rpartition(".")[0] for name in trained_names(model)} == norms
@@ -357,6 +442,27 @@ def test_a_module_is_not_both_adapted_and_trained(make_model: Callable[..., Any]
     with pytest.raises(ConfigError, match="both targeted and trained as a whole") as error:
         inject_lora(make_model("llama"), LoraConfig(r=4, target_modules=["q_proj", "lm_head"], train_head=True))
     assert error.value.found == "lm_head"
+
+
+@pytest.mark.parametrize("variant", [{"use_dora": True}, {"lora_bias": True}], ids=str)
+@pytest.mark.parametrize("tied", [False, True])
+def test_a_variant_on_the_head_leaves_the_embedding_alone(
+    make_model: Callable[..., Any], tied: bool, variant: dict[str, Any]
+) -> None:
+    model = make_model("llama", tie_word_embeddings=tied)
+    with torch.no_grad():
+        want = model(IDS).logits
+    inject_lora(model, LoraConfig(r=4, target_modules=["lm_head"], **variant))
+    assert (model.lm_head.base_layer.weight is model.model.embed_tokens.weight) == tied
+    embedding = model.model.embed_tokens.weight.clone()
+    with torch.no_grad():
+        torch.testing.assert_close(model(IDS).logits, want)
+        randomize_B(model)
+        found = model(IDS).logits
+        assert not torch.allclose(found, want, atol=1e-3)
+        merge_adapter(model)
+        torch.testing.assert_close(model(IDS).logits, found, rtol=1e-4, atol=1e-4)
+    assert torch.equal(model.model.embed_tokens.weight, embedding)
 
 
 def test_an_adapter_on_the_head(make_model: Callable[..., Any]) -> None:

@@ -4,23 +4,28 @@ from __future__ import annotations
 
 import copy
 import math
+import warnings
+from collections.abc import Callable
 from typing import Any
 
+import peft
 import pytest
 import torch
 from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
 
 from qlora.config.schema import LoraConfig
-from qlora.errors import AdapterError
-from qlora.lora.inject import count_parameters, inject_lora
+from qlora.errors import AdapterError, ConfigError
+from qlora.lora.inject import inject_lora
 from qlora.lora.layer import (
-    LoraLinear,
     disable_adapter,
     initial_A,
     lora_layers,
     merge_adapter,
     unmerge_adapter,
 )
+from qlora.lora.linear import LoraLinear
+from qlora.lora.report import count_parameters
 from qlora.ops.nf4 import QuantSpec
 from qlora.quant.linear import Linear4bit
 
@@ -41,6 +46,13 @@ def set_B(layer: LoraLinear, name: str = "default", std: float = 0.1, seed: int 
 def make_4bit(dtype: torch.dtype = torch.float32) -> Linear4bit:
     torch.manual_seed(0)
     return Linear4bit.from_weight(torch.randn(16, 64, dtype=dtype), torch.randn(16, dtype=dtype), QuantSpec())
+
+
+def make_conv1d() -> nn.Module:
+    """transformers' Conv1D, whose weight is (in, out); its bias starts at zero, behind which mistakes would hide."""
+    layer = Conv1D(16, 64)
+    nn.init.normal_(layer.bias)
+    return layer
 
 
 # Counts, as they follow from r (in + out).
@@ -216,7 +228,9 @@ def test_a_merged_base_is_of_the_bases_own_type() -> None:
     layer = set_B(make_layer(make_4bit(torch.bfloat16)))
     layer.merge()
     assert layer._merged_weight is not None
-    want = layer.base_weight().float() + layer.scaling["default"] * (layer.lora_B["default"] @ layer.lora_A["default"])
+    want = layer.base_weight().float() + layer.updates["default"].scaling * (
+        layer.lora_B["default"] @ layer.lora_A["default"]
+    )
     assert torch.equal(layer._merged_weight, want.bfloat16())
 
 
@@ -239,6 +253,168 @@ def test_disabling_gives_the_base_and_ends_with_the_context(merged: bool) -> Non
         with disable_adapter(model):
             pass
         assert torch.equal(model(x), base(x))
+
+
+# Variants: DoRA and a bias of B, over every kind of linear layer. x is (5, 64) and gives (5, 16) in all of them.
+
+BASES: dict[str, Callable[[], nn.Module]] = {
+    "linear": lambda: nn.Linear(64, 16),
+    "without bias": lambda: nn.Linear(64, 16, bias=False),
+    "4bit": make_4bit,
+    "conv1d": make_conv1d,
+}
+VARIANTS: dict[str, dict[str, Any]] = {"dora": {"use_dora": True}, "lora_bias": {"lora_bias": True}}
+
+
+def make_variant(kind: str, seed: int = 0, **config: Any) -> LoraLinear:
+    """A layer all of whose parameters are as if they had been trained."""
+    torch.manual_seed(0)
+    layer = set_B(make_layer(BASES[kind](), **config), seed=seed)
+    with torch.no_grad():
+        for table in (layer.lora_bias, layer.lora_magnitude_vector):
+            for parameter in table.values():
+                parameter += 0.2 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(seed))
+    return layer
+
+
+def plain_output(layer: LoraLinear, x: Tensor) -> Tensor:
+    """The formula by plain autograd over the whole weight."""
+    weight, scaling = layer.base_weight(), layer.updates["default"].scaling
+    bias = 0.0 if layer.bias is None else layer.bias
+    A, B = layer.lora_A["default"], layer.lora_B["default"]
+    direction = weight + scaling * B @ A
+    if "default" in layer.lora_magnitude_vector:
+        norms = direction.detach().norm(dim=1, keepdim=True)
+        return x @ (layer.lora_magnitude_vector["default"].unsqueeze(1) * direction / norms).T + bias
+    return x @ direction.T + bias + scaling * layer.lora_bias["default"]
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("kind", BASES)
+def test_a_variant_starts_at_the_bases_own_output(kind: str, variant: str) -> None:
+    torch.manual_seed(0)
+    base = BASES[kind]()
+    x = torch.randn(5, 64)
+    # DoRA adds the bias by itself, so that the last bit may be another one.
+    torch.testing.assert_close(make_layer(base, **VARIANTS[variant])(x), base(x), rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("kind", BASES)
+def test_a_variant_is_its_formula_in_value_and_gradient(kind: str, variant: str) -> None:
+    layer = make_variant(kind, **VARIANTS[variant])
+    parameters = list(layer.parts("default").values())
+    assert len(parameters) == 3
+    assert all(parameter.requires_grad for parameter in parameters)
+    x = torch.randn(5, 64, requires_grad=True)
+    dy = torch.randn(5, 16)
+    found, want = layer(x), plain_output(layer, x)
+    torch.testing.assert_close(found, want)
+    ours, plain = (torch.autograd.grad(y, [x, *parameters], dy) for y in (found, want))
+    for gradient, right in zip(ours, plain, strict=True):
+        torch.testing.assert_close(gradient, right, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("kind", BASES)
+def test_a_variant_merges_and_unmerges(kind: str, variant: str) -> None:
+    layer = make_variant(kind, **VARIANTS[variant]).eval()
+    before = {name: value.clone() for name, value in layer.state_dict().items()}
+    x = torch.randn(5, 64)
+    with torch.no_grad():
+        unmerged = layer(x)
+        assert not torch.allclose(unmerged, layer.base_layer(x), atol=1e-2)
+        layer.merge()
+        torch.testing.assert_close(layer(x), unmerged, rtol=1e-5, atol=1e-5)
+        layer.unmerge()
+        assert torch.equal(layer(x), unmerged)
+    assert_same_state(layer, before)
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("kind", ["linear", "without bias", "conv1d"])
+def test_a_variant_computes_what_peft_computes(kind: str, variant: str) -> None:
+    layer = make_variant(kind, **VARIANTS[variant])
+    settings = {"r": 4, "lora_alpha": 32.0, "target_modules": ["0"], "fan_in_fan_out": kind == "conv1d"}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # that such a bias of B cannot be merged there
+        theirs = peft.get_peft_model(
+            nn.Sequential(copy.deepcopy(layer.base_layer)), peft.LoraConfig(**settings, **VARIANTS[variant])
+        )
+    peer = theirs.base_model.model[0]
+    peer.load_state_dict({part.replace(".", ".default."): p for part, p in as_peft_names(layer).items()}, strict=False)
+    x = torch.randn(5, 64)
+    torch.testing.assert_close(layer(x), theirs(x))
+    dy = torch.randn(5, 16)
+    named = dict(peer.named_parameters())
+    theirs(x).backward(dy)
+    layer(x).backward(dy)
+    for name, parameter in as_peft_names(layer).items():
+        torch.testing.assert_close(parameter.grad, named[name.replace(".", ".default.")].grad, rtol=1e-4, atol=1e-5)
+
+
+def as_peft_names(layer: LoraLinear) -> dict[str, nn.Parameter]:
+    parts = layer.parts("default")
+    return {f"{part}.weight" if part == "lora_magnitude_vector" else part: p for part, p in parts.items()}
+
+
+@pytest.mark.parametrize("kind", BASES)
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_the_magnitude_starts_as_the_norms_of_the_rows_in_fp32(kind: str, dtype: str) -> None:
+    layer = make_layer(BASES[kind](), use_dora=True, dtype=dtype)
+    magnitude = layer.lora_magnitude_vector["default"]
+    assert magnitude.dtype == torch.float32
+    assert layer.lora_A["default"].dtype == getattr(torch, dtype)
+    torch.testing.assert_close(magnitude.detach(), layer.base_weight().norm(dim=1))
+
+
+def test_doras_dropout_is_of_the_input_of_A_alone() -> None:
+    layer = make_variant("linear", use_dora=True, lora_dropout=0.5)
+    x = torch.randn(5, 64)
+    with torch.no_grad():
+        layer.train()
+        torch.manual_seed(1)
+        dropped = layer(x)
+        layer.lora_B["default"].zero_()
+        assert torch.equal(layer.train()(x), layer.eval()(x)), "with B at zero nothing of what is dropped is left"
+    assert not torch.equal(dropped, layer(x))
+
+
+@pytest.mark.parametrize("merged", [False, True])
+def test_a_variant_can_be_left_out(merged: bool) -> None:
+    for variant in VARIANTS.values():
+        model = nn.Sequential(make_variant("linear", **variant))
+        if merged:
+            merge_adapter(model)
+        x = torch.randn(5, 64)
+        with disable_adapter(model):
+            assert torch.equal(model(x), model[0].base_layer(x))  # type: ignore[operator, union-attr]
+
+
+def test_adapters_of_different_variants_share_a_layer() -> None:
+    torch.manual_seed(0)
+    layer = make_layer(nn.Linear(64, 16), "plain")
+    layer.add_adapter("dora", LoraConfig(r=2, use_dora=True), "some.path", seed=0)
+    layer.add_adapter("bias", LoraConfig(r=2, lora_bias=True), "some.path", seed=0)
+    for name, parts in {
+        "plain": {"lora_A.weight", "lora_B.weight"},
+        "dora": {"lora_A.weight", "lora_B.weight", "lora_magnitude_vector"},
+        "bias": {"lora_A.weight", "lora_B.weight", "lora_B.bias"},
+    }.items():
+        assert set(layer.parts(name)) == parts
+        layer.set_active(name)
+        assert {id(p) for p in layer.parameters() if p.requires_grad} - {id(p) for p in layer.base_layer.parameters()} == {
+            id(p) for p in layer.parts(name).values()
+        }
+    layer.remove_adapter("dora")
+    assert not layer.lora_magnitude_vector
+
+
+def test_dora_with_a_bias_of_B_is_refused() -> None:
+    layer = LoraLinear(nn.Linear(64, 16))
+    with pytest.raises(ConfigError, match=r"lora\.lora_bias: a DoRA layer cannot have it"):
+        layer.add_adapter("default", LoraConfig(use_dora=True, lora_bias=True), "x", seed=0)
+    assert not layer.updates
 
 
 # Names.
@@ -276,7 +452,7 @@ def test_removing_the_active_adapter_leaves_the_base() -> None:
     assert layer.active_adapter is None
     assert layer.merged_adapter is None
     assert torch.equal(layer(x), layer.base_layer(x))
-    assert list(layer.lora_A) == list(layer.lora_B) == list(layer.scaling) == ["a"]
+    assert list(layer.lora_A) == list(layer.lora_B) == list(layer.updates) == ["a"]
     layer.set_active("a")
     assert not torch.equal(layer(x), layer.base_layer(x))
 
@@ -285,19 +461,19 @@ def test_removing_the_active_adapter_leaves_the_base() -> None:
 
 
 def test_A_depends_on_seed_and_path_alone() -> None:
-    want = initial_A(4, 24, "model.q", 3)
+    want = initial_A((4, 24), "model.q", 3)
     torch.manual_seed(99)
     torch.rand(17)
     before = torch.get_rng_state()
-    assert torch.equal(initial_A(4, 24, "model.q", 3), want)
+    assert torch.equal(initial_A((4, 24), "model.q", 3), want)
     assert torch.equal(torch.get_rng_state(), before)
-    assert not torch.equal(initial_A(4, 24, "model.q", 4), want)
-    assert not torch.equal(initial_A(4, 24, "model.k", 3), want)
+    assert not torch.equal(initial_A((4, 24), "model.q", 4), want)
+    assert not torch.equal(initial_A((4, 24), "model.k", 3), want)
 
 
 def test_A_is_uniform_within_one_over_the_root_of_in() -> None:
     """torch's Kaiming-uniform with a = sqrt(5), which nn.Linear and PEFT use."""
-    A = initial_A(64, 4096, "x", 0)
+    A = initial_A((64, 4096), "x", 0)
     bound = 1 / 64
     reference = torch.empty(64, 4096)
     nn.init.kaiming_uniform_(reference, a=math.sqrt(5))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
+from typing import Any
 
 import pytest
 from hypothesis import assume, given
@@ -11,8 +12,17 @@ from hypothesis import strategies as st
 from peft import LoraConfig as PeftLoraConfig
 from peft.tuners.tuners_utils import check_target_module_exists
 
+from qlora.config.schema import LoraConfig
 from qlora.errors import AdapterError, ConfigError
-from qlora.lora.target import Candidate, ends_with, select, shortest_suffixes, summarize
+from qlora.lora.target import (
+    Candidate,
+    choose,
+    ends_with,
+    refuse_unused_patterns,
+    select,
+    shortest_suffixes,
+    summarize,
+)
 
 LINEAR = ("Linear",)
 LINEAR_4BIT = ("Linear4bit", "Linear")
@@ -42,6 +52,8 @@ def of_layers(*names: str, layers: Sequence[int] = (0, 1)) -> list[str]:
     return [candidate.path for candidate in make_model() if candidate.path in wanted]
 
 
+NAMES = st.sampled_from(["a", "b", "q", "proj", "0", "1"])
+PATHS = st.lists(NAMES, min_size=1, max_size=4).map(".".join)
 ATTENTION = ("attn.q", "attn.k", "attn.v", "attn.o")
 MLP = ("mlp.up", "mlp.down")
 
@@ -154,15 +166,114 @@ def test_summaries_count_by_last_name_and_reason() -> None:
     assert summarize(paths) == {("q", "x"): 2, ("k", "x"): 1, ("q", "y"): 1}
 
 
+# Blocks by number.
+
+
+@pytest.mark.parametrize(
+    ("target", "layers", "pattern", "want"),
+    [
+        (["q_proj", "up_proj"], [1], None, of_layers("attn.q", "mlp.up", layers=[1])),
+        ("all-linear", [0], None, of_layers(*ATTENTION, *MLP, layers=[0])),
+        ("all-linear", [0, 1], ["layers"], of_layers(*ATTENTION, *MLP)),
+        (["Linear4bit"], [1], ["h", "layers"], of_layers(*ATTENTION, layers=[1])),
+        # A whole path says by itself which block it is in.
+        (["q_proj", "model.layers.0.attn.k_proj", "lm_head"], [1], None,
+         ["model.layers.0.attn.k_proj", *of_layers("attn.q", layers=[1]), "lm_head"]),
+    ],
+    ids=str,
+)  # fmt: skip
+def test_blocks_by_number(target: str | list[str], layers: list[int], pattern: list[str] | None, want: list[str]) -> None:
+    if pattern == ["h", "layers"]:
+        with pytest.raises(ConfigError, match=r"lora\.layers_pattern: no targeted module is in a list 'h'"):
+            select(make_model(), target, layers=layers, layers_pattern=pattern)
+        pattern = ["layers"]
+    selection = select(make_model(), target, layers=layers, layers_pattern=pattern)
+    assert list(selection.targeted) == want
+    rest = {why for path, why in selection.skipped.items() if path.startswith("model.layers")}
+    assert rest <= {"not in layers_to_transform", "not in target_modules"}
+
+
+@pytest.mark.parametrize(
+    ("config", "place", "message"),
+    [
+        ({"layers": [0, 2]}, "lora.layers_to_transform", "in a block of the number 2"),
+        ({"layers": [0], "target": ["lm_head"]}, "lora.layers_to_transform", "in a block of the number 0"),
+        ({"layers": [0], "target": r".*q_proj"}, "lora.layers_to_transform", "says of itself which blocks"),
+        ({"layers": [0], "layers_pattern": ["h"]}, "lora.layers_pattern", "in a list 'h'"),
+        ({"layers": [0], "layers_pattern": ["("]}, "lora.layers_pattern", "not a regular expression"),
+    ],
+    ids=str,
+)
+def test_blocks_that_are_none_are_refused(config: dict[str, Any], place: str, message: str) -> None:
+    with pytest.raises(ConfigError, match=re.escape(message)) as error:
+        select(make_model(), **({"target": "all-linear"} | config))
+    assert error.value.place == place
+    if place == "lora.layers_to_transform" and config.get("target") is None:
+        assert error.value.wanted == "of 0, 1"
+
+
+@given(
+    st.lists(PATHS, max_size=25, unique=True),
+    st.lists(st.sampled_from(["a", "b", "q", "proj", "q.proj"]), min_size=1, max_size=3, unique=True),
+    st.lists(st.integers(0, 1), min_size=1, max_size=2, unique=True),
+    st.sampled_from([None, ["a"], ["b", "a"], ["a", "b"], ["[ab]"]]),
+)
+def test_blocks_are_those_of_peft(paths: list[str], target: list[str], layers: list[int], pattern: list[str] | None) -> None:
+    # Something in every block and list that is named, so that nothing is refused as a name of nothing.
+    named = [f"m.{blocks}.{layer}.x.{name}" for blocks in "ab" for layer in layers for name in target]
+    paths = list(dict.fromkeys([*paths, *named]))
+    config = PeftLoraConfig(target_modules=target, layers_to_transform=layers, layers_pattern=pattern)
+    want = [path for path in paths if check_target_module_exists(config, path)]
+    assume(not any(path.startswith(f"{other}.") for path in want for other in want))  # refused, see below
+    found = select([module(path) for path in paths], target, layers=layers, layers_pattern=pattern)
+    assert list(found.targeted) == want
+    assert set(named) & set(want)
+
+
+def test_what_is_inside_a_target_is_no_target() -> None:
+    candidates = [module("a"), module("a.b"), module("a.b.c"), module("ab.c")]
+    with pytest.raises(ConfigError, match=r"inside another one(.|\n)*a\.b\.c, inside a\n"):
+        select(candidates, ["a", "c"])
+    assert list(select(candidates, ["ab.c", "a.b"]).targeted) == ["a.b", "ab.c"]
+
+
+# A whole config.
+
+
+def test_a_config_may_target_nothing_where_it_trains_something_else() -> None:
+    selection = choose(make_model(), LoraConfig(target_modules=[], train_norms=True))
+    assert selection.targeted == {}
+    assert set(selection.skipped) == {c.path for c in make_model() if c.supported}
+    with pytest.raises(ConfigError, match="target_modules matches no module"):
+        choose(make_model(), LoraConfig(target_modules=[]))
+    with pytest.raises(ConfigError, match="target_modules matches no module"):
+        choose(make_model(), LoraConfig(target_modules="nothing", train_norms=True))
+
+
+def test_a_config_says_which_blocks() -> None:
+    config = LoraConfig(layers_to_transform=[1], layers_pattern=["layers"], exclude_modules=["o_proj"])
+    assert list(choose(make_model(), config).targeted) == of_layers("attn.q", "attn.k", "attn.v", *MLP, layers=[1])
+
+
+@pytest.mark.parametrize("key", ["rank_pattern", "alpha_pattern"])
+def test_a_pattern_of_nothing_is_refused(key: str) -> None:
+    paths = of_layers("attn.q", "mlp.up")
+    for pattern in ("q_proj", "attn.q_proj", r"layers\.0\..*", r"model\.layers\.1\.mlp\.up_proj", "q_proj|nothing"):
+        refuse_unused_patterns(LoraConfig(**{key: {pattern: 4}}), paths)
+    for pattern in ("proj", "k_proj", r"layers\.2\..*", "q"):
+        with pytest.raises(ConfigError, match=f"the entry {re.escape(repr(pattern))} matches no targeted") as error:
+            refuse_unused_patterns(LoraConfig(**{key: {"q_proj": 4, pattern: 4}}), paths)
+        assert error.value.place == f"lora.{key}"
+        assert "q_proj, up_proj" in str(error.value)
+    with pytest.raises(ConfigError, match=rf"lora\.{key}: not a regular expression"):
+        refuse_unused_patterns(LoraConfig(**{key: {"(": 4}}), paths)
+
+
 # Suffixes.
 
 
 def peft_selects(path: str, target_modules: Sequence[str]) -> bool:
     return bool(check_target_module_exists(PeftLoraConfig(target_modules=list(target_modules)), path))
-
-
-NAMES = st.sampled_from(["a", "b", "q", "proj", "0", "1"])
-PATHS = st.lists(NAMES, min_size=1, max_size=4).map(".".join)
 
 
 @given(st.dictionaries(PATHS, st.booleans(), min_size=1, max_size=25))

@@ -1,4 +1,5 @@
-"""The LoRA linear against plain autograd on W x + b + s B A x, and what it keeps alive between forward and backward."""
+"""The LoRA linear against plain autograd on W x + b + s (B A x + c), and on DoRA's m / |W + s B A| (W x + s B A x) + b;
+and what it keeps alive between forward and backward."""
 
 from __future__ import annotations
 
@@ -9,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import CheckpointError, checkpoint
 
-from qlora.ops.lora_linear import dropout_mask, lora_linear
+from qlora.ops.lora_linear import dropout_mask, lora_linear, row_norms
 
 T, I, O, R = 12, 20, 16, 4  # noqa: E741  the shape letters of the module under test
 SCALING = 1.75
@@ -64,6 +65,142 @@ def test_gradients_are_the_derivatives(dropout: float, bias: bool) -> None:
         return lora_linear(x, lambda: weight, bias_O, lora_A, lora_B, SCALING, dropout)
 
     assert torch.autograd.gradcheck(function, inputs)
+
+
+# Variants: a bias of B, and DoRA. Their gradients are those of plain autograd in float64 over the same formula.
+
+
+class Variant(Case):
+    """A case with a bias of B or a magnitude."""
+
+    def __init__(self, *, bias: bool, lora_bias: bool = False, magnitude: bool = False) -> None:
+        super().__init__(torch.float64, bias=bias)
+        generator = torch.Generator().manual_seed(1)
+
+        def random(*shape: int) -> Tensor:
+            return torch.randn(*shape, generator=generator, dtype=torch.float64).requires_grad_()
+
+        self.lora_bias = random(O) if lora_bias else None
+        self.magnitude = random(O) if magnitude else None
+
+    def __call__(self, x: Tensor | None = None, dropout: float = 0.0) -> Tensor:
+        x = self.x if x is None else x
+        return lora_linear(
+            x, self.read_weight, self.bias, self.lora_A, self.lora_B, SCALING, dropout,
+            lora_bias_O=self.lora_bias, magnitude_O=self.magnitude,
+        )  # fmt: skip
+
+    def plain(self, mask: Tensor | float = 1.0) -> Tensor:
+        update = ((self.x * mask) @ self.lora_A.T) @ self.lora_B.T
+        if self.lora_bias is not None:
+            update = update + self.lora_bias
+        y = self.x @ self.weight.T + SCALING * update
+        if self.magnitude is not None:
+            direction = (self.weight + SCALING * self.lora_B @ self.lora_A).detach()
+            y = y * (self.magnitude / direction.norm(dim=1))
+        return y if self.bias is None else y + self.bias
+
+    def inputs(self) -> dict[str, Tensor]:
+        """What may ask for a gradient."""
+        named = {"x": self.x, "A": self.lora_A, "B": self.lora_B, "c": self.lora_bias, "m": self.magnitude}
+        return {letter: tensor for letter, tensor in named.items() if tensor is not None}
+
+
+VARIANTS = {"plain": {}, "lora_bias": {"lora_bias": True}, "dora": {"magnitude": True}}
+
+
+@pytest.mark.parametrize("frozen", ["", "x", "A", "B", "cm", "xAB", "xcm", "AB"])
+@pytest.mark.parametrize("dropout", [0.0, 0.4])
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_every_variant_equals_plain_autograd(variant: str, bias: bool, dropout: float, frozen: str) -> None:
+    case = Variant(bias=bias, **VARIANTS[variant])
+    wanted = {letter: t for letter, t in case.inputs().items() if letter not in frozen}
+    for letter, tensor in case.inputs().items():
+        tensor.requires_grad_(letter in wanted)
+    torch.manual_seed(3)
+    y = case(dropout=dropout)
+    torch.manual_seed(3)
+    mask: Tensor | float = 1.0
+    if dropout:
+        mask = dropout_mask(case.x.detach().reshape(-1, I), dropout, int(torch.randint(0, 2**62, ()))).reshape(case.x.shape)
+    want = case.plain(mask)
+    torch.testing.assert_close(y, want)
+    assert y.requires_grad == bool(wanted)
+    if not wanted:
+        return
+    found = torch.autograd.grad(y, list(wanted.values()), case.dy)
+    plain = torch.autograd.grad(want, list(wanted.values()), case.dy)
+    for letter, ours, right in zip(wanted, found, plain, strict=True):
+        torch.testing.assert_close(ours, right, msg=lambda text, letter=letter: f"d{letter}: {text}")
+    # The weight is read for dx and dm alone, and once for both.
+    assert case.num_reads == 1 + bool({"x", "m"} & set(wanted))
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.4])
+@pytest.mark.parametrize("bias", [True, False])
+def test_with_the_norm_constant_doras_gradients_are_the_derivatives(bias: bool, dropout: float) -> None:
+    """Of x and m, which the norm does not depend on."""
+    case = Variant(bias=bias, magnitude=True)
+    for tensor in (case.lora_A, case.lora_B):
+        tensor.requires_grad_(False)
+
+    def function(x: Tensor, magnitude: Tensor) -> Tensor:
+        torch.manual_seed(7)  # the same mask at each evaluation
+        case.magnitude = magnitude
+        return case(x, dropout)
+
+    assert torch.autograd.gradcheck(function, [case.x, case.magnitude])
+
+
+def test_a_bias_of_B_has_the_derivative_of_a_bias() -> None:
+    case = Variant(bias=True, lora_bias=True)
+
+    def function(*inputs: Tensor) -> Tensor:
+        case.x, case.lora_A, case.lora_B, case.lora_bias = inputs
+        return case()
+
+    assert torch.autograd.gradcheck(function, list(case.inputs().values()))
+
+
+def test_row_norms_are_those_of_the_whole_sum(monkeypatch: pytest.MonkeyPatch) -> None:
+    case = Case(torch.float64)
+    want = torch.linalg.vector_norm(case.weight + SCALING * case.lora_B @ case.lora_A, dim=1)
+    for at_one_time in (1, 3 * I, 1 << 20):
+        monkeypatch.setattr("qlora.ops.lora_linear.NORM_ELEMENTS", at_one_time)
+        norms = row_norms(case.weight, case.lora_A, case.lora_B, SCALING)
+        torch.testing.assert_close(norms, want.detach())
+        assert not norms.requires_grad
+    # Rows that are not contiguous, as Conv1D's are, and 16-bit weights.
+    torch.testing.assert_close(row_norms(case.weight.T.contiguous().T, case.lora_A, case.lora_B, SCALING), want.detach())
+    assert row_norms(case.weight.bfloat16(), case.lora_A.float(), case.lora_B.float(), SCALING).dtype == torch.float32
+
+
+def test_a_row_of_zeros_stays_one_under_dora() -> None:
+    """It has no direction to scale: nothing is divided by its norm of 0."""
+    case = Variant(bias=True, magnitude=True)
+    with torch.no_grad():
+        case.weight[2] = 0
+        case.lora_B[2] = 0
+        case.magnitude[2] = 0
+    y = case()
+    assert torch.equal(y[..., 2], case.bias[2].expand(y.shape[:-1]))
+    for gradient in torch.autograd.grad(y, list(case.inputs().values()), case.dy):
+        assert gradient.isfinite().all()
+
+
+def test_doras_sum_is_rounded_once_in_bf16() -> None:
+    """After x W^T: each is the bf16 number nearest to the exact one, so that small steps of m and of B add up."""
+    case = Variant(bias=True, magnitude=True)
+    weight, x = case.weight.bfloat16(), torch.randn(500, I, generator=torch.Generator().manual_seed(2)).bfloat16()
+    bias, A, B = case.bias.bfloat16(), case.lora_A.float().detach(), case.lora_B.float().detach()
+    magnitude = row_norms(weight, A, B, SCALING) * 1.001
+    y = lora_linear(x, lambda: weight, bias, A, B, SCALING, magnitude_O=magnitude)
+    h = (x @ A.bfloat16().T).double()
+    z = (x @ weight.T).double() + SCALING * h @ B.double().T
+    want = z * (magnitude.double() / row_norms(weight, A, B, SCALING).double()) + bias.double()
+    # fp32 errs by 1e-7 in a sum of few terms: where the exact number is that near to the middle of two, either is right.
+    assert (want.bfloat16() == y).float().mean() > 0.999
 
 
 @pytest.mark.parametrize("without", ["x", "A", "B", "AB"])
@@ -150,6 +287,14 @@ def run_and_count_saved(function: Callable[[], Tensor]) -> tuple[Tensor, int]:
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         y = function()
     return y, sum(tensor.numel() for tensor in saved)
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.3])
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_no_variant_saves_more_than_the_input(variant: str, dropout: float) -> None:
+    case = Variant(bias=True, **VARIANTS[variant])
+    _, num_saved = run_and_count_saved(lambda: case(dropout=dropout))
+    assert num_saved == case.x.numel()
 
 
 @pytest.mark.parametrize("dropout", [0.0, 0.3])

@@ -15,14 +15,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from qlora.config.schema import JobConfig, QuantizationConfig
-from qlora.distributed import zero
+from qlora.distributed.zero_config import fill_config
 from qlora.errors import AdapterError, ConfigError
 from qlora.lora.inject import inject_lora
 from qlora.ops.nf4 import QuantSpec
 from qlora.plan import memory
 from qlora.plan.memory import Stored, ZeroSettings, plan_rank, stored_parameters
 from qlora.plan.shapes import BaseShapes, TensorShape, read_shapes
-from qlora.quant.linear import Linear4bit
+from qlora.quant.linear import Linear4bit, QuantizedLinear
+from qlora.quant.linear8bit import Linear8bit
 from qlora.quant.load import load_model
 from qlora.quant.source import resolve_base
 
@@ -43,8 +44,8 @@ def real_model(base: str, job: JobConfig) -> Any:
 
 def real_bytes(model: Any) -> dict[str, int]:
     """Bytes of a model's parameters by what they are."""
-    parts = {id(m.weight): "packed weights" for m in model.modules() if isinstance(m, Linear4bit)}
-    parts |= {id(m.statistics): "statistics" for m in model.modules() if isinstance(m, Linear4bit)}
+    parts = {id(m.weight): "packed weights" for m in model.modules() if isinstance(m, QuantizedLinear)}
+    parts |= {id(m.statistics): "statistics" for m in model.modules() if isinstance(m, QuantizedLinear)}
     found: dict[str, int] = {}
     for parameter in model.parameters():
         part = "trained" if parameter.requires_grad else parts.get(id(parameter), "unquantized")
@@ -63,11 +64,17 @@ JOBS: dict[str, dict[str, Any]] = {
     "as it comes": {},
     "one level of scales": {"model": {"quantization": {"double_quant": False, "block_size": 128}}},
     "wide storage": {"model": {"quantization": {"quant_storage": "bfloat16"}}},
+    "in 8 bits": {"model": {"quantization": {"bits": 8, "skip_modules": ["o_proj"]}}},
     "unquantized": {"model": {"quantization": None}},
     "in fp32": {"model": {"dtype": "float32"}},
     "a few layers": {"model": {"quantization": {"skip_modules": ["mlp.up_proj", "q_proj"]}}},
     "narrow A and B": {"lora": {"dtype": "bfloat16", "r": 3, "target_modules": ["q_proj", "mlp.down_proj"]}},
     "norms too": {"lora": {"train_norms": True, "exclude_modules": r".*layers\.0\..*"}},
+    "ranks by layer": {"lora": {"rank_pattern": {"q_proj": 3, r"layers\.1\..*": 5}, "use_dora": True, "dtype": "bfloat16"}},
+    "some blocks": {
+        "lora": {"layers_to_transform": [1], "lora_bias": True, "modules_to_save": ["model.norm", "layers.0"]},
+        "model": {"quantization": None},
+    },
     "embedding too": {"lora": {"train_embeddings": True, "train_head": True}},
 }
 
@@ -92,6 +99,17 @@ def test_every_architecture_weighs_what_is_planned(make_base: Callable[..., Path
     assert planned_bytes(stored_parameters(base, job)) == real_bytes(model)
     largest = max(m.in_features * m.out_features for m in model.modules() if isinstance(m, Linear4bit))
     assert plan_rank(base, job, "ddp", 4).working["one dequantized weight"] == largest * 2 + largest // 32 * 4
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2", "mixtral"])
+def test_architectures_in_8_bits_weigh_what_is_planned(make_base: Callable[..., Path], name: str) -> None:
+    """GPT-2's files hold the transposes: a scale belongs to an output all the same."""
+    folder, job = make_base(name), job_of(lora={"r": 2}, model={"quantization": {"bits": 8}, "dtype": "float32"})
+    model = real_model(str(folder), job)
+    assert planned_bytes(stored_parameters(read_shapes(folder), job)) == real_bytes(model)
+    largest = max((m for m in model.modules() if isinstance(m, Linear8bit)), key=lambda m: m.weight.numel() + m.out_features)
+    wanted = 4 * largest.weight.numel() + 4 * largest.out_features
+    assert plan_rank(read_shapes(folder), job, "ddp", 4).working["one dequantized weight"] == wanted
 
 
 @pytest.mark.parametrize(
@@ -183,7 +201,7 @@ def test_the_settings_are_those_a_run_uses() -> None:
 
     stated = json.loads((ROOT / "launch/deepspeed/zero3.json").read_text())
     plugin = SimpleNamespace(deepspeed_config=stated, dschf=None)
-    zero.fill_config(plugin, micro_batch_size=1, gradient_accumulation_steps=1, gradient_clipping=1.0, world_size=1)
+    fill_config(plugin, micro_batch_size=1, gradient_accumulation_steps=1, gradient_clipping=1.0, world_size=1)
     used = DeepSpeedZeroConfig(**stated["zero_optimization"])
     for name, planned in vars(ZeroSettings()).items():
         if planned is not None:  # what depends on the model is seen in test_deepspeed.py

@@ -1,7 +1,7 @@
 """What ranks read and keep of one tensor: put side by side, their runs are the whole tensor and nothing is read twice.
 
-The oracle is `nf4.quantize` of the whole weight, which `tests/ops/test_nf4.py` holds against bitsandbytes. Ranks are
-objects in one process here; real ones load in `tests/e2e/test_sharded_load.py`.
+The oracles are `nf4.quantize` and `int8.quantize` of the whole weight, which `tests/ops` hold against bitsandbytes. Ranks
+are objects in one process here; real ones load in `tests/e2e/test_sharded_load.py`.
 """
 
 from __future__ import annotations
@@ -22,9 +22,9 @@ from torch import Tensor
 
 from qlora.distributed.sharding import Sharding
 from qlora.errors import BaseModelError
-from qlora.ops import nf4
+from qlora.ops import int8, nf4
 from qlora.ops.nf4 import QuantSpec
-from qlora.quant.fill import all_scales, quantize_run, read_run
+from qlora.quant.fill import all_rows, all_scales, quantize_rows_run, quantize_run, read_run
 from qlora.quant.shards import TensorEntry, read_header
 
 CPU = torch.device("cpu")
@@ -218,3 +218,64 @@ def test_a_rank_alone_exchanges_nothing(tmp_path: Path) -> None:
     _, scales = quantize_run(entry, QuantSpec(), share, CPU, entry.dtype)
     assert all_scales(scales, entry.num_elements, QuantSpec(), share) is scales
     assert share.brought == [None]
+
+
+# In 8 bits a block is a row, and the statistics are cut by bytes.
+
+
+def assert_runs_make_the_rows(entry: WatchedEntry, world_size: int, dtype: torch.dtype) -> None:
+    """As `assert_runs_make_the_whole`: bytes and statistics are those of the whole, and a rank reads whole rows once."""
+    num_elements, columns = entry.num_elements, entry.shape[1]
+    packed, statistics = int8.quantize(entry.read_whole().to(dtype))
+    ranks = ranks_of(world_size)
+    runs, scales = [], []
+    for share in ranks:
+        entry.reads.clear()
+        own_packed, own_scales = quantize_rows_run(entry, share, CPU, dtype)
+        assert (own_packed.shape, own_packed.dtype) == (packed.shape, packed.dtype)
+        own = run_of(num_elements, world_size, share.rank)
+        runs.append(own_packed.reshape(-1)[own.start : own.stop])
+        scales.append(own_scales)
+        widened = range(own.start // columns * columns, math.ceil(own.stop / columns) * columns) if own else range(0)
+        assert [i for start, stop in entry.reads for i in range(start, stop)] == list(widened)
+    assert torch.equal(torch.cat(runs), packed.reshape(-1))
+    for share, own in zip(ranks, scales, strict=True):
+        all_rows(own, entry.shape, share)
+    for share, own in zip(ranks, scales, strict=True):  # now that each has brought its own
+        assert torch.equal(int8.pack_statistics(all_rows(own, entry.shape, share)), statistics)
+
+
+@pytest.mark.parametrize("world_size", range(1, 8))
+@pytest.mark.parametrize("shape", SHAPES)
+def test_runs_of_a_weight_in_8_bits_make_the_whole(tmp_path: Path, shape: tuple[int, int], world_size: int) -> None:
+    for dtype in DTYPES:
+        assert_runs_make_the_rows(write_weight(tmp_path, shape), world_size, dtype)
+
+
+@settings(max_examples=150, deadline=None)
+@given(
+    shape=st.tuples(st.integers(1, 40), st.integers(1, 300)),
+    world_size=st.integers(1, 9),
+    piece=st.sampled_from([1, 100, 1000, 1 << 20]),
+    stored=st.sampled_from(DTYPES),
+    seed=st.integers(0, 1000),
+)
+def test_rows_in_pieces_of_any_size(
+    tmp_path_factory: pytest.TempPathFactory,
+    shape: tuple[int, int],
+    world_size: int,
+    piece: int,
+    stored: torch.dtype,
+    seed: int,
+) -> None:
+    """Also runs that begin and end inside one row, and pieces that are smaller than a row."""
+    entry = write_weight(tmp_path_factory.getbasetemp(), shape, stored, seed)
+    with pieces_of(piece):
+        assert_runs_make_the_rows(entry, world_size, torch.bfloat16)
+
+
+def test_a_run_inside_one_row_has_no_scale_of_its_own(tmp_path: Path) -> None:
+    """Two rows over four ranks: the second and the fourth begin inside a row, and read it for its absmax."""
+    entry = write_weight(tmp_path, (2, 64))
+    found = [quantize_rows_run(entry, share, CPU, entry.dtype)[1].numel() for share in ranks_of(4)]
+    assert found == [1, 0, 1, 0]

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from qlora.errors import BaseModelError
-from qlora.lora.layer import LoraLinear
+from qlora.lora.linear import LoraLinear
 from qlora.ops import nf4
 from qlora.ops.nf4 import QuantSpec
 from qlora.quant.linear import Linear4bit

@@ -30,7 +30,8 @@ from qlora.config.schema import JobConfig, LoraConfig, QuantizationConfig
 from qlora.distributed.sharding import Sharding
 from qlora.errors import AdapterError, BaseModelError, CheckpointError
 from qlora.lora.inject import inject_lora
-from qlora.ops import nf4
+from qlora.model_files import find_weight_files
+from qlora.ops import nf4, nf4_format
 from qlora.quant import prepare, shards
 from qlora.quant.load import load_model
 from qlora.quant.prepare import run_prepare
@@ -208,7 +209,7 @@ def test_other_block_sizes(
         state, weight = theirs.get_submodule(name).weight.quant_state, theirs.get_submodule(name).weight.data
         assert state.blocksize == 256
         # Not by its CPU kernel, which begins a block with every row.
-        packed, statistics, spec, shape = nf4.from_linear4bit(theirs.get_submodule(name), name)
+        packed, statistics, spec, shape = nf4_format.from_linear4bit(theirs.get_submodule(name), name)
         assert torch.equal(
             nf4.dequantize(packed, statistics, spec, shape, torch.bfloat16), want.get_submodule(name).dequantize()
         )
@@ -225,7 +226,7 @@ def test_shards_load_as_one_file_does(
     """Cut inside of weights' entries as well; from a base that is in shards itself."""
     monkeypatch.setattr(prepare, "write_model", partial(write_model, shard_bytes=9_000))
     out = run_prepare(str(make_base("llama", max_shard_size="60KB")), tmp_path / "out")
-    assert len(shards.find_weight_files(out)) > 5
+    assert len(find_weight_files(out)) > 5
     assert not (out / "model.safetensors").exists()
     assert_same_model(load(out), load(prepared("llama")))
     want = AutoModelForCausalLM.from_pretrained(prepared("llama"))

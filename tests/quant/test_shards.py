@@ -13,7 +13,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
+from qlora import model_files
 from qlora.errors import BaseModelError
+from qlora.model_files import INDEX_NAME, find_weight_files
 from qlora.quant import shards
 
 DTYPE_NAMES = sorted(shards.DTYPES)
@@ -44,6 +46,10 @@ def all_types(tmp_path: Path) -> tuple[Path, dict[str, torch.Tensor]]:
     tensors |= {"empty": torch.empty(0, 3), "scalar": torch.tensor(2.5), "four": random_tensor(torch.float16, 2, 3, 1, 4)}
     save_file(tensors, tmp_path / "model.safetensors", {"format": "pt", "note": "hello"})
     return tmp_path / "model.safetensors", tensors
+
+
+def test_types_are_as_wide_as_headers_are_checked_for() -> None:
+    assert {name: dtype.itemsize for name, dtype in shards.DTYPES.items()} == model_files.ITEMSIZES
 
 
 def test_every_type_reads_as_the_library_reads_it(all_types: tuple[Path, dict[str, torch.Tensor]]) -> None:
@@ -178,7 +184,7 @@ def test_a_header_of_absurd_length_is_not_read(tmp_path: Path, monkeypatch: pyte
     with pytest.raises(BaseModelError, match="cut short"):
         shards.read_header(file)
     # The cap holds also where the file is large enough.
-    monkeypatch.setattr(shards, "MAX_HEADER_BYTES", 64)
+    monkeypatch.setattr(model_files, "MAX_HEADER_BYTES", 64)
     write_raw(file, json.dumps({"a": A}).encode() + b" " * 100, bytes(8))
     with pytest.raises(BaseModelError, match="not a safetensors file"):
         shards.read_header(file)
@@ -193,13 +199,13 @@ def sharded(tmp_path: Path) -> Path:
     save_file({"c": torch.randn(5)}, tmp_path / "model-00002-of-00002.safetensors")
     names = {"a": 1, "b": 1, "c": 2}
     weight_map = {name: f"model-0000{number}-of-00002.safetensors" for name, number in names.items()}
-    (tmp_path / shards.INDEX_NAME).write_text(json.dumps({"metadata": {"total_size": 48}, "weight_map": weight_map}))
+    (tmp_path / INDEX_NAME).write_text(json.dumps({"metadata": {"total_size": 48}, "weight_map": weight_map}))
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "llama"}))
     return tmp_path
 
 
 def change_index(folder: Path, change: Any) -> None:
-    path = folder / shards.INDEX_NAME
+    path = folder / INDEX_NAME
     index = json.loads(path.read_text())
     change(index["weight_map"])
     path.write_text(json.dumps(index))
@@ -222,7 +228,7 @@ def test_an_index_that_names_a_missing_file(sharded: Path) -> None:
 def test_an_index_that_points_out_of_its_folder(sharded: Path, name: str) -> None:
     change_index(sharded, lambda table: table.update(c=name))
     with pytest.raises(BaseModelError, match="files that are not there"):
-        shards.find_weight_files(sharded)
+        find_weight_files(sharded)
 
 
 def test_an_index_that_names_a_missing_tensor(sharded: Path) -> None:
@@ -242,7 +248,7 @@ def test_a_tensor_in_two_files(sharded: Path) -> None:
     "text", ["", "{", "[]", "3", "{}", '{"weight_map": 3}', '{"weight_map": {"a": 3}}', '{"weight_map": {"a": []}}', "\\xff"]
 )
 def test_a_damaged_index(sharded: Path, text: str) -> None:
-    (sharded / shards.INDEX_NAME).write_bytes(b"\xff" if text == "\\xff" else text.encode())
+    (sharded / INDEX_NAME).write_bytes(b"\xff" if text == "\\xff" else text.encode())
     with pytest.raises(BaseModelError, match=r"index\.json"):
         shards.read_entries(sharded)
 
@@ -251,7 +257,7 @@ def test_a_damaged_index(sharded: Path, text: str) -> None:
 
 
 def fingerprint(folder: Path) -> str:
-    return shards.fingerprint(folder, shards.find_weight_files(folder))
+    return shards.fingerprint(folder, find_weight_files(folder))
 
 
 def test_the_fingerprint_depends_on_content_alone(sharded: Path, tmp_path_factory: pytest.TempPathFactory) -> None:

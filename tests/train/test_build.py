@@ -3,35 +3,28 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Callable
 
 import pytest
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import LlamaForCausalLM
 
 from qlora.errors import ConfigError
 from qlora.train.build import recompute_blocks
 
 
-def make_model() -> LlamaForCausalLM:
+@pytest.fixture
+def model(make_model: Callable[..., LlamaForCausalLM]) -> LlamaForCausalLM:
     """Two blocks, whose last linear layers alone are trained."""
-    config = LlamaConfig(
-        vocab_size=17,
-        hidden_size=8,
-        intermediate_size=12,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        num_key_value_heads=1,
-        max_position_embeddings=16,
-    )
-    model = LlamaForCausalLM(config).requires_grad_(False).train()
+    model = make_model("llama").requires_grad_(False).train()
     for block in model.model.layers:
         block.mlp.down_proj.requires_grad_(True)
     return model
 
 
 @pytest.mark.parametrize("use_reentrant", [False, True])
-def test_both_kinds_compute_each_block_again_and_reach_the_first(use_reentrant: bool) -> None:
-    model, ids = make_model(), torch.arange(12).reshape(1, 12)
+def test_both_kinds_compute_each_block_again_and_reach_the_first(model: LlamaForCausalLM, use_reentrant: bool) -> None:
+    ids = torch.arange(12).reshape(1, 12)
     weights = [p for p in model.parameters() if p.requires_grad]
     want = torch.autograd.grad(model(ids).logits.square().sum(), weights)
     with warnings.catch_warnings():
@@ -48,8 +41,7 @@ def test_both_kinds_compute_each_block_again_and_reach_the_first(use_reentrant: 
     assert model.get_input_embeddings()(ids).requires_grad == use_reentrant
 
 
-def test_a_model_that_cannot_is_refused() -> None:
-    model = make_model()
+def test_a_model_that_cannot_is_refused(model: LlamaForCausalLM) -> None:
     model.supports_gradient_checkpointing = False
     with pytest.raises(ConfigError, match=r"train\.gradient_checkpointing: LlamaForCausalLM cannot") as caught:
         recompute_blocks(model, use_reentrant=False)
