@@ -70,6 +70,7 @@ class AdapterConfig:
     Attributes:
         selection: the keys of `LoraConfig` that chose its modules, to be written again where PEFT reads them alike.
         token_ids: tokens whose rows it holds, by the end of their module's path; "" is the input embedding.
+        began: how A began, where that did not change the base; kept to be written again.
     """
 
     r: int
@@ -86,6 +87,7 @@ class AdapterConfig:
     revision: str | None
     selection: dict[str, Any] = field(default_factory=dict)
     token_ids: dict[str, tuple[int, ...]] = field(default_factory=dict)
+    began: str = "default"
 
     def ids_of(self, path: str, folder: Path) -> tuple[int, ...]:
         """The token ids of the rows at a path. Raises AdapterError where the config names none."""
@@ -107,6 +109,7 @@ class AdapterConfig:
             rank_pattern=self.rank_pattern,
             alpha_pattern=self.alpha_pattern,
             target_modules=target_modules,
+            init_lora_weights=self.began,
             dtype=dtype,
         )
 
@@ -209,6 +212,7 @@ def read(folder: Path) -> AdapterConfig:
         revision=_text(fields, "revision", path),
         selection=_selection(fields, path),
         token_ids=_token_ids(fields, path),
+        began=began if (began := fields.get("init_lora_weights")) in ("gaussian", "eva") else "default",
     )
 
 
