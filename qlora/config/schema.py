@@ -95,7 +95,7 @@ class LoraConfig(Section):
     )
     exclude_modules: str | list[str] = Field(default_factory=list, description="Same forms as target_modules.")
     dtype: Literal["float32", "bfloat16"] = Field(
-        "float32", description="dtype of A and B, which are their own master copy."
+        "float32", description="dtype of A and B, which are their own master copy (in bfloat16: but under ZeRO)."
     )
     use_rslora: bool = Field(False, description="Scale by lora_alpha / sqrt(r) (Kalajdzievski 2023).")
     use_dora: bool = Field(False, description="Train magnitude and direction apart (Liu et al. 2024).")
@@ -167,6 +167,9 @@ class TrainConfig(Section):
     warmup_ratio: Number = Field(0.03, ge=0, le=1)
     warmup_steps: Annotated[int, Field(ge=0)] | None = Field(None, description="Wins over warmup_ratio.")
     max_grad_norm: Number = Field(1.0, gt=0)
+    max_nonfinite_steps: PositiveInt = Field(
+        3, description="A step whose loss or gradient is not finite is skipped; the job ends with so many in a row."
+    )
     optimizer: Literal["adamw", "adamw_8bit", "paged_adamw", "paged_adamw_8bit"] = "adamw"
     adam_beta1: Number = Field(0.9, ge=0, lt=1)
     adam_beta2: Number = Field(0.999, ge=0, lt=1)

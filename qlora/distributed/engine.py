@@ -35,6 +35,8 @@ class Engine(Protocol):
     def step(self, learning_rate: float) -> Tensor:
         """Clip, update, clear the gradients. Returns the gradient norm before clipping, fp32 scalar.
 
+        Where the norm is not finite, on all ranks alike, parameters and optimizer stay as they are.
+
         Args:
             learning_rate: of this step; a parameter group with an `lr_ratio` takes it times that.
         """
@@ -82,8 +84,11 @@ class PlainEngine:
         norm = torch.nn.utils.clip_grad_norm_(self.parameters.values(), self.max_grad_norm, foreach=True)
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate * group.get("lr_ratio", 1.0)
-        self.scaler.step(self.optimizer)
-        self.scaler.update()
+        if self.skips_overflow:
+            self.scaler.step(self.optimizer)
+            self.scaler.update()
+        elif norm.isfinite():
+            self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         return norm.detach().float()
 
@@ -96,6 +101,10 @@ class PlainEngine:
             if not state:
                 continue
             parameter = self.parameters[name]
-            own: dict[str, Any] = {key: value.to(parameter.device) for key, value in state.items()}
+            own: dict[str, Any] = {}
+            for key, value in state.items():
+                # Moments of a bf16 parameter are fp32 where ZeRO kept them, and torch wants the parameter's own dtype.
+                is_moment = value.is_floating_point() and value.shape == parameter.shape
+                own[key] = value.to(device=parameter.device, dtype=parameter.dtype if is_moment else value.dtype)
             counter = torch.tensor(float(step)) if type(self.optimizer).__module__.startswith("torch.") else step
             self.optimizer.state[parameter] = {"step": counter, **own}

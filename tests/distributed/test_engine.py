@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import math
+
+import pytest
 import torch
 from torch import nn
 
@@ -24,6 +27,21 @@ def test_a_step_clips_to_the_norm_and_returns_it_from_before() -> None:
     assert parameter.grad is None
 
 
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+def test_a_gradient_that_is_not_finite_changes_nothing(bad: float) -> None:
+    parameter = nn.Parameter(torch.ones(3))
+    optimizer = torch.optim.AdamW([parameter], weight_decay=0.1)
+    engine = engine_of(parameter, optimizer, max_grad_norm=1.0)
+    engine.backward(parameter.square().sum())
+    engine.step(0.1)
+    before, state = parameter.detach().clone(), {k: v.clone() for k, v in optimizer.state[parameter].items()}
+    engine.backward((parameter * torch.tensor([1.0, bad, 1.0])).sum())
+    assert not engine.step(0.1).isfinite()
+    assert torch.equal(parameter, before)
+    assert all(torch.equal(value, state[key]) for key, value in optimizer.state[parameter].items())
+    assert parameter.grad is None
+
+
 def test_gradients_of_micro_steps_add_up() -> None:
     parameter = nn.Parameter(torch.zeros(2))
     optimizer = torch.optim.SGD([parameter], lr=1.0)
@@ -35,9 +53,12 @@ def test_gradients_of_micro_steps_add_up() -> None:
     assert parameter.tolist() == [-3.0, -6.0]
 
 
-def test_optimizer_state_is_there_after_the_first_step_and_can_be_set() -> None:
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_optimizer_state_is_there_after_the_first_step_and_can_be_set(dtype: torch.dtype) -> None:
+    """Also in fp32 for parameters in bf16, as ZeRO keeps it."""
+
     def make() -> tuple[nn.Parameter, PlainEngine]:
-        parameter = nn.Parameter(torch.ones(3))
+        parameter = nn.Parameter(torch.ones(3, dtype=dtype))
         optimizer = torch.optim.AdamW([parameter])
         return parameter, engine_of(parameter, optimizer, max_grad_norm=1.0)
 
@@ -49,7 +70,7 @@ def test_optimizer_state_is_there_after_the_first_step_and_can_be_set() -> None:
     assert set(state) == {"exp_avg", "exp_avg_sq"}
     second, other = make()
     second.data.copy_(first.data)
-    other.load_optimizer_state({"p": {key: value.clone() for key, value in state.items()}}, step=1)
+    other.load_optimizer_state({"p": {key: value.to(torch.float32, copy=True) for key, value in state.items()}}, step=1)
     for parameter, own in ((first, engine), (second, other)):
         own.backward(parameter.square().sum())
         own.step(0.1)
