@@ -71,3 +71,7 @@ class CheckpointError(QloraError):
 
 class LaunchError(QloraError):
     """The processes were not started the way the job needs them."""
+
+
+class StopRequested(BaseException):
+    """The job was asked to stop, and leaves what it is doing; no error, and nothing that `except Exception` may swallow."""

@@ -178,11 +178,14 @@ def load_optimizer(found: Found, model: nn.Module, engine: Engine) -> None:
         states[own[key]][part] = entry.read_whole()
     # A parameter that no gradient has reached yet, in a layer that the data does not use, has no state anywhere.
     empty = [key for key, name in own.items() if not states[name]]
+    num_updates = found.trainer.step - found.trainer.num_skipped
+    if len(empty) == len(own) and num_updates == 0:
+        return
     if len(empty) == len(own):
         raise CheckpointError(
             f"{len(empty)} parameters have no optimizer state", place=str(found.folder), found=", ".join(empty[:5])
         )
-    engine.load_optimizer_state(states, found.trainer.step)
+    engine.load_optimizer_state(states, num_updates)
 
 
 def _check_names(

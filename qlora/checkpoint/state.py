@@ -42,12 +42,14 @@ class TrainerState:
         step: optimizer steps done.
         global_index: the data's position, in packs taken.
         num_tokens, num_target_tokens: so far, over all ranks.
+        num_skipped: steps that updated nothing, because the gradient was not finite.
     """
 
     step: int
     global_index: int
     num_tokens: int
     num_target_tokens: int
+    num_skipped: int = 0  # checkpoints of before have none
 
 
 @dataclass(frozen=True)

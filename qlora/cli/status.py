@@ -58,6 +58,9 @@ def read_status(run_dir: Path) -> dict[str, Any]:
         )
     recorded = _read_object(run_dir / "status.json") or {}
     alive = lock_is_held(run_dir / "LOCK")
+    owner = _read_object(run_dir / "LOCK") if alive else None
+    if owner and any(key in recorded and recorded[key] != owner.get(key) for key in ("host", "pid")):
+        recorded = {}  # by an earlier start: this one has not come to its first step yet
     checkpoints = committed_checkpoints(run_dir)
     row, eval_row = last_rows(run_dir / "metrics.jsonl")
     facts: dict[str, Any] = {
@@ -65,7 +68,7 @@ def read_status(run_dir: Path) -> dict[str, Any]:
         "state": recorded.get("state"),
         "recorded_state": recorded.get("state"),
         "owner_alive": alive,
-        "owner": _read_object(run_dir / "LOCK") if alive else None,
+        "owner": owner,
         "step": max((s for s in (recorded.get("step"), (row or {}).get("step")) if isinstance(s, int)), default=None),
         "num_steps": recorded.get("num_steps"),
         "exit_code": recorded.get("exit_code"),

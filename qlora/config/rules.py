@@ -25,6 +25,7 @@ RESUME_WORDS = ("auto", "none")
 _TRACKER_PACKAGES = {"tensorboard": ("tensorboard", "tensorboardX")}
 _BATCH_KEYS = frozenset({"train.per_device_train_batch_size", "train.gradient_accumulation_steps"})
 _SAFE_SECTIONS = ("logging.", "eval.", "checkpoint.")
+_SAFE_KEYS = frozenset({"train.output_dir", "train.max_nonfinite_steps"})
 
 
 def check_job(config: JobConfig, verb: Verb, source: str = "") -> None:
@@ -236,9 +237,10 @@ class Change:
 def changed_keys(old: JobConfig, new: JobConfig, *, old_world_size: int, new_world_size: int) -> list[Change]:
     """Return what differs between a checkpoint's job and the job that resumes it, in the order of the schema.
 
-    Safe are train.output_dir and all of logging, eval and checkpoint. World size, per_device_train_batch_size and
-    gradient_accumulation_steps are safe as long as their product, the global batch in rows, stays. A change of world
-    size is reported under the key `world_size`, which is none of the job file. The ZeRO stage is always free to change.
+    Safe are train.output_dir, train.max_nonfinite_steps and all of logging, eval and checkpoint. World size,
+    per_device_train_batch_size and gradient_accumulation_steps are safe as long as their product, the global batch in
+    rows, stays. A change of world size is reported under the key `world_size`, which is none of the job file. The ZeRO
+    stage is always free to change.
     """
     old_flat, new_flat = _flat(old), _flat(new)
     same_global_batch = global_batch_rows(old, old_world_size) == global_batch_rows(new, new_world_size)
@@ -247,7 +249,7 @@ def changed_keys(old: JobConfig, new: JobConfig, *, old_world_size: int, new_wor
         before, after = old_flat.get(key), new_flat.get(key)
         if before == after and (key in old_flat) == (key in new_flat):
             continue
-        safe = key == "train.output_dir" or key.startswith(_SAFE_SECTIONS) or (key in _BATCH_KEYS and same_global_batch)
+        safe = key in _SAFE_KEYS or key.startswith(_SAFE_SECTIONS) or (key in _BATCH_KEYS and same_global_batch)
         changes.append(Change(key, before, after, safe))
     if old_world_size != new_world_size:
         changes.append(Change("world_size", old_world_size, new_world_size, same_global_batch))

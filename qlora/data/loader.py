@@ -101,6 +101,11 @@ class TrainLoader:
                 step, self.schedule.epochs_at(position), micro_batches, position, num_tokens, num_target_tokens
             )
 
+    def rows_at(self, position: Position, micro_step: int, rank: int) -> list[tuple[int, list[int]]]:
+        """The token rows of one micro-step of any rank, in the step that starts at a position: number and token ids."""
+        batch = self.schedule.batch_at(position)
+        return self._rows.documents(self.schedule.packs_for(batch, micro_step, rank, self._split))
+
 
 class EvalLoader:
     """Evaluation batches of one rank: every pack once over all ranks, the same number of batches on each. Rank-local.
@@ -155,6 +160,11 @@ class _PackRows:
         if not rows:
             return empty_batch(self._pad_token_id, is_packed=self._plan.is_packed)
         return collate_packed(rows) if self._plan.is_packed else collate_padded(rows, self._pad_token_id)
+
+    def documents(self, packs: Sequence[int]) -> list[tuple[int, list[int]]]:
+        """Number and token ids of each document of packs."""
+        numbers = [int(document) for number in packs for document in self._plan[number]]
+        return [(number, self._dataset.row(number)[0].tolist()) for number in numbers]
 
     def counts(self, packs: Sequence[int]) -> tuple[int, int]:
         """Tokens and targets of packs, without reading a token."""

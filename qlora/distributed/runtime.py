@@ -23,7 +23,7 @@ from qlora.distributed.engine import Engine, PlainEngine
 from qlora.distributed.offload import device_of
 from qlora.distributed.sharding import Sharding
 from qlora.distributed.zero_config import fill_config
-from qlora.errors import LaunchError, QloraError
+from qlora.errors import LaunchError, QloraError, StopRequested
 
 T = TypeVar("T")
 TIMEOUT = timedelta(minutes=30)
@@ -37,6 +37,7 @@ class Runtime:
         rank, world_size, local_rank: of this process.
         device: where this rank computes.
         mode: single, ddp, zero1, zero2 or zero3.
+        stop_requested: whether this rank was asked to stop; `together` lets the ranks agree on it.
     """
 
     accelerator: Accelerator
@@ -45,6 +46,7 @@ class Runtime:
     local_rank: int
     device: torch.device
     mode: str
+    stop_requested: Callable[[], bool] = lambda: False
 
     @property
     def is_main(self) -> bool:
@@ -130,6 +132,7 @@ class Runtime:
         Raises:
             QloraError: raised on any rank it is raised on every rank; the lowest rank's, where several raise.
             RuntimeError: on the others, where a rank raised anything else.
+            StopRequested: a rank was asked to stop, and none raises anything else.
         """
         value: Any = None
         error: Exception | None = None
@@ -137,8 +140,12 @@ class Runtime:
             value = work()
         except Exception as raised:
             error = raised
-        if self.max(torch.tensor([float(error is not None)], device=self.device)).item() == 0:
+        own = 2.0 if error is not None else float(self.stop_requested())
+        gravest = self.max(torch.tensor([own], device=self.device)).item()
+        if gravest == 0:
             return value
+        if gravest == 1:
+            raise StopRequested
         # Other exceptions may not survive the way to other processes.
         told: list[Any] = [error if error is None or isinstance(error, QloraError) else f"{type(error).__name__}: {error}"]
         if self.world_size > 1:

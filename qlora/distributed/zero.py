@@ -145,6 +145,9 @@ class ZeroEngine:
         self.model, self.parameters = model, parameters
         self._is_sharded = any(is_partitioned(p) for p in model.module.parameters())
         self._state_is_linked = False
+        # Stages 1 and 2 skip a gradient that is not finite, but where adapters are bfloat16 only when told (0.19.8).
+        if hasattr(model.optimizer, "check_grad_overflow"):
+            model.optimizer.check_grad_overflow = model.optimizer.dtype == torch.bfloat16
         if self._is_sharded:
             _keep_resident(model.optimizer)
 
@@ -166,7 +169,7 @@ class ZeroEngine:
             group["lr"] = learning_rate * group.get("lr_ratio", 1.0)
         self.model.step()
         norm = float(self.model.get_global_grad_norm())
-        # DeepSpeed says -1 of a norm that is infinite or not a number (0.19.8).
+        # DeepSpeed says infinite, or -1, of a norm that is not finite, and has skipped the update then (0.19.8).
         return torch.tensor(norm if norm >= 0 else float("nan"))
 
     def optimizer_state(self, name: str) -> dict[str, Tensor]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import Any
 
@@ -18,6 +18,7 @@ from qlora.lora.from_inputs import start_from_inputs
 from qlora.lora.kinds import WRAPPERS
 from qlora.objective.train_model import LossHead, TrainModel
 from qlora.train.build import split_of
+from qlora.train.preempt import until_stopped
 
 
 def start_from_data(
@@ -35,15 +36,28 @@ def start_from_data(
 
     def runs() -> Iterator[tuple[Callable[[], object], torch.Tensor]]:
         num_packs = config.lora.eva_batches * split_of(config, runtime).global_batch_size
-        for batch in first_batches(config, rows, plan, pad_token_id, num_packs):
+        for batch in until_stopped(first_batches(config, rows, plan, pad_token_id, num_packs), runtime):
             on_device = batch.to(runtime.device)
             yield partial(_run, model, on_device), on_device.targets_BT != IGNORE
 
     unused = start_from_inputs(
         model, runs(), seed=config.train.seed, sharding=runtime.sharding(), leaves=(*WRAPPERS, LossHead)
     )
-    if unused and runtime.is_main:
-        print(f"eva       {len(unused)} layers saw none of the data, and start as by default: {unused[0]} ...", flush=True)
+    if runtime.is_main:
+        for line in describe_unused(model, unused):
+            print(f"eva       {line}", flush=True)
+
+
+def describe_unused(model: Any, unused: Sequence[str]) -> list[str]:
+    """What is said of the layers that keep their default A. The output head is among them: no batch is run through it."""
+    get_head = getattr(model, "get_output_embeddings", None)
+    head = get_head() if callable(get_head) else None
+    heads = [path for path in unused if head is not None and model.get_submodule(path) is head]
+    others = [path for path in unused if path not in heads]
+    lines = [f"the output head keeps A's default start: {path}" for path in heads]
+    if others:
+        lines.append(f"{len(others)} layers saw none of the data, and start as by default: {others[0]} ...")
+    return lines
 
 
 def _run(model: Any, batch: Batch) -> None:

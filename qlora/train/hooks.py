@@ -6,11 +6,13 @@ does so on the main rank alone.
 
 from __future__ import annotations
 
+import math
 import sys
 import time
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, Protocol
 
+from qlora.errors import StopRequested
 from qlora.train.run_dir import MetricsWriter
 from qlora.train.step import StepResult
 
@@ -88,29 +90,35 @@ class ProgressHook(SilentHook):
 
 
 class MetricsHook(SilentHook):
-    """A row of metrics.jsonl, and of the trackers, every few steps. Main rank only."""
+    """A row of metrics.jsonl, and of the trackers, every few steps and for every skipped one. Main rank only."""
 
     def __init__(self, writer: MetricsWriter, every_steps: int, peak_memory: Callable[[], int]) -> None:
         self.writer, self.every_steps, self.peak_memory = writer, every_steps, peak_memory
 
     def after_step(self, result: StepResult, *, is_last: bool) -> None:
-        if result.step % self.every_steps and not is_last:
+        if result.step % self.every_steps and not is_last and not result.skipped:
             return
         self.writer.write(
             {
                 "step": result.step,
                 "epoch": result.epoch,
-                "loss": result.loss,
-                "grad_norm": result.grad_norm,
+                "loss": _number(result.loss),
+                "grad_norm": _number(result.grad_norm),
                 "learning_rate": result.learning_rate,
                 "num_tokens": result.num_tokens,
                 "num_target_tokens": result.num_target_tokens,
                 "tokens_per_second": result.step_tokens / result.step_seconds,
                 "step_seconds": result.step_seconds,
+                "num_skipped_steps": result.num_skipped,
                 "peak_memory_bytes": self.peak_memory(),
                 "time": time.time(),
             }
         )
+
+
+def _number(value: float) -> float | None:
+    """What JSON has no number for is null."""
+    return value if math.isfinite(value) else None
 
 
 class StatusHook(SilentHook):
@@ -118,17 +126,20 @@ class StatusHook(SilentHook):
 
     SECONDS = 5.0
 
-    def __init__(self, write: Callable[[int], Any]) -> None:
+    def __init__(self, write: Callable[[StepResult], Any]) -> None:
         self.write, self.last = write, 0.0
 
     def after_step(self, result: StepResult, *, is_last: bool) -> None:
-        if time.monotonic() - self.last > self.SECONDS or is_last:
-            self.write(result.step)
+        if time.monotonic() - self.last > self.SECONDS or is_last or result.skipped:
+            self.write(result)
             self.last = time.monotonic()
 
 
 class EvaluateHook(SilentHook):
-    """Loss on the evaluation data every few steps and after the last. Collective."""
+    """Loss on the evaluation data every few steps and after the last. Collective.
+
+    Comes last of the hooks: where a rank is asked to stop it is left, on all ranks, by StopRequested.
+    """
 
     def __init__(
         self, every_steps: int | None, evaluate: Callable[[], dict[str, float]], writer: MetricsWriter | None
@@ -138,7 +149,12 @@ class EvaluateHook(SilentHook):
     def after_step(self, result: StepResult, *, is_last: bool) -> None:
         if not is_last and (self.every_steps is None or result.step % self.every_steps):
             return
-        values = self.evaluate()
+        try:
+            values = self.evaluate()
+        except StopRequested:
+            if self.writer is not None:
+                print(f"step {result.step}  evaluation left: a stop was asked for", flush=True)
+            raise
         if self.writer is not None:
             self.writer.write({"step": result.step, **values})
             print(f"step {result.step}  eval loss {values['eval_loss']:.4f}", flush=True)

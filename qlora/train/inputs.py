@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from qlora.config.schema import JobConfig
 from qlora.data.new_tokens import add_new_tokens
@@ -22,6 +22,7 @@ class Data:
     rows: TokenizedDataset
     eval_rows: TokenizedDataset | None
     pad_token_id: int
+    tokenizer: Any
 
 
 def open_inputs(config: JobConfig) -> Callable[[], tuple[BaseSource, Data]]:
@@ -44,5 +45,5 @@ def open_inputs(config: JobConfig) -> Callable[[], tuple[BaseSource, Data]]:
             raise found
 
         return fail
-    opened = source, Data(rows, eval_rows, padding_token_id(tokenizer))
+    opened = source, Data(rows, eval_rows, padding_token_id(tokenizer), tokenizer)
     return lambda: opened

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -12,7 +11,7 @@ from qlora.data.loader import TrainLoader
 from qlora.data.sampler import Position
 from qlora.distributed.engine import Engine
 from qlora.distributed.runtime import Runtime
-from qlora.errors import QloraError
+from qlora.errors import StopRequested
 from qlora.train.hooks import Hook
 from qlora.train.optim import learning_rate_at
 from qlora.train.preempt import StopFlag
@@ -38,7 +37,7 @@ def train(job: Job) -> Literal["done", "stopped"]:
     """Train to the last step, or until a rank is asked to stop. Collective.
 
     Raises:
-        QloraError: the loss is not finite.
+        QloraError: of a hook, on every rank: the loss is not finite any more, or a checkpoint cannot be written.
     """
     first = job.loader.schedule.step_at(job.position)
     for hook in job.hooks:
@@ -56,29 +55,18 @@ def train(job: Job) -> Literal["done", "stopped"]:
                 seed=job.config.train.seed,
                 stop_requested=job.stop.requested,
             )
-            refuse_nonfinite(result, allow_overflow=job.engine.skips_overflow)
             is_last = result.step >= job.num_steps
-            for hook in job.hooks:
-                hook.after_step(result, is_last=is_last)
+            stops = result.stop_requested
+            try:
+                for hook in job.hooks:
+                    hook.after_step(result, is_last=is_last)
+            except StopRequested:  # raised on every rank, in the evaluation
+                stops = True
             if is_last:
                 break
-            if result.stop_requested:
+            if stops:
                 outcome = "stopped"
                 break
     for hook in job.hooks:
         hook.finish(result, outcome)
     return outcome
-
-
-def refuse_nonfinite(result: StepResult, *, allow_overflow: bool = False) -> None:
-    """Stop before a broken update is saved. The loss is the same on every rank, so all stop together.
-
-    Args:
-        allow_overflow: the engine has skipped an update whose gradient overflowed (fp16 with a loss scale).
-    """
-    if not math.isfinite(result.loss) or not (allow_overflow or math.isfinite(result.grad_norm)):
-        raise QloraError(
-            f"the loss or its gradient is not finite at step {result.step}",
-            found=f"loss {result.loss}, gradient norm {result.grad_norm}",
-            next_step="resume from the last checkpoint with a lower train.learning_rate, or look at the data there",
-        )

@@ -9,6 +9,13 @@ from qlora.lora.report import LoraReport
 _FIRST_PLAIN = """ this adapter fits what its start left of the base's weights. Make a plain one of it first, with
 `qlora export THIS_FOLDER OUT --for peft`, and open that:"""
 
+_OPEN = """from transformers import AutoModelForCausalLM
+model = AutoModelForCausalLM.from_pretrained(BASE)"""
+_OPEN_GROWN = """from transformers import AutoModelForCausalLM, AutoTokenizer
+model, tokenizer = AutoModelForCausalLM.from_pretrained(BASE), AutoTokenizer.from_pretrained("THIS_FOLDER")
+if len(tokenizer) > model.get_input_embeddings().num_embeddings:  # rows for the new tokens
+    model.resize_token_embeddings(len(tokenizer))"""
+
 
 def model_card(config: JobConfig, identity: Identity, report: LoraReport, num_steps: int) -> str:
     """The text of the card."""
@@ -22,6 +29,7 @@ def model_card(config: JobConfig, identity: Identity, report: LoraReport, num_st
     changes_base = lora.init_lora_weights not in ("default", "gaussian", "eva", "loftq") or (
         lora.init_lora_weights == "loftq" and lora.loftq_iterations > 1
     )
+    folder = "OUT" if changes_base else "THIS_FOLDER"
     return f"""---
 base_model: {base["name"]}
 library_name: peft
@@ -45,7 +53,7 @@ With PEFT:{_FIRST_PLAIN if changes_base else ""}
 
 ```python
 from peft import PeftModel
-from transformers import AutoModelForCausalLM
-model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(BASE), "THIS_FOLDER")
+{_OPEN_GROWN if lora.new_tokens else _OPEN}
+model = PeftModel.from_pretrained(model, "{folder}")
 ```
 """

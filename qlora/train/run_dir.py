@@ -1,4 +1,4 @@
-"""The run directory: a lock that dies with its owner, status.json, metrics.jsonl, the resolved config."""
+"""The run directory: a lock that dies with its owner, status.json, metrics.jsonl, the resolved config, the stop file."""
 
 from __future__ import annotations
 
@@ -7,13 +7,18 @@ import json
 import os
 import socket
 import sys
+import threading
 import time
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, BinaryIO
 
+from qlora.checkpoint.state import committed, step_of
 from qlora.config.schema import JobConfig
-from qlora.errors import CheckpointError, ConfigError
+from qlora.errors import EXIT_BUG, CheckpointError, ConfigError
 from qlora.files import write_file
+
+STOP_FILE = "STOP"
 
 
 class RunDir:
@@ -26,6 +31,9 @@ class RunDir:
     def __init__(self, path: Path) -> None:
         self.path = path
         self._num_steps: int | None = None
+        self._num_skipped = 0
+        self._has_ended = False
+        self._writing = threading.RLock()
         # Outermost last.
         self._made = [folder for folder in (path, *path.parents) if not folder.exists()]
         try:
@@ -53,10 +61,13 @@ class RunDir:
                 next_step="choose a train.output_dir on another file system",
             ) from error
         started = time.strftime("%Y-%m-%dT%H:%M:%S%z")
+        self.owner = {"host": socket.gethostname(), "pid": os.getpid(), "start": started}
         try:
             self._lock.truncate(0)
-            self._lock.write(json.dumps({"host": socket.gethostname(), "pid": os.getpid(), "start": started}) + "\n")
+            self._lock.write(json.dumps(self.owner) + "\n")
             self._lock.flush()
+            # Meant for a job that has ended. One that is written from here on says whom it is meant for.
+            (path / STOP_FILE).unlink(missing_ok=True)
         except OSError as error:
             raise self._not_writable(error) from error
 
@@ -65,10 +76,12 @@ class RunDir:
 
     def discard(self) -> bool:
         """Remove what this run made, where that is the folder and its lock alone. Returns whether it was."""
-        if not self._made or [file.name for file in self.path.iterdir()] != ["LOCK"]:
+        if not self._made or not {file.name for file in self.path.iterdir()} <= {"LOCK", STOP_FILE}:
             return False
-        (self.path / "LOCK").unlink()
-        for folder in self._made:
+        for file in self.path.iterdir():
+            file.unlink()
+        made, self._made = self._made, []
+        for folder in made:
             if any(folder.iterdir()):  # somebody else's by now
                 break
             folder.rmdir()
@@ -87,16 +100,19 @@ class RunDir:
         step: int,
         *,
         num_steps: int | None = None,
+        num_skipped: int | None = None,
         exit_code: int | None = None,
         reason: str | None = None,
         resumable: bool = False,
     ) -> None:
         """How the run stands: running, done, stopped or failed. A full disk warns, and ends no run."""
         self._num_steps = num_steps or self._num_steps
+        self._num_skipped = self._num_skipped if num_skipped is None else num_skipped
         status = {
             "state": state,
             "step": step,
             "num_steps": self._num_steps,
+            "num_skipped_steps": self._num_skipped,
             "exit_code": exit_code,
             "reason": reason,
             "resumable": resumable,
@@ -105,13 +121,53 @@ class RunDir:
             "time": time.time(),
         }
         try:
-            write_file(self.path / "status.json", (json.dumps(status, indent=2) + "\n").encode())
+            with self._writing:
+                write_file(self.path / "status.json", (json.dumps(status, indent=2) + "\n").encode())
+                self._has_ended = state != "running"
         except OSError as error:
             print(f"warning: status.json cannot be written ({error.strerror})", file=sys.stderr, flush=True)
 
+    def write_end_at_once(self, reason: str, code: int) -> None:
+        """Say in status.json that the run ends this moment, unless its end is there already. For any thread."""
+        with self._writing:
+            if self._has_ended:
+                return
+            done = committed(self.path)
+            step = step_of(done[-1]) if done else 0
+            said = f"{reason}: ended at once, without saving"
+            state = "failed" if code == EXIT_BUG else "stopped"
+            self.write_status(state, step, exit_code=code, reason=said, resumable=bool(done))
+
+    def stop_asked(self) -> str | None:
+        """Why the stop file asks this run to stop; None where there is none. A file for another run is removed.
+
+        An empty file, made by hand, is for whoever runs here.
+        """
+        try:
+            # Opening a folder makes a network file system ask its server; looking up a name that was not there does not.
+            if STOP_FILE not in os.listdir(self.path):
+                return None
+            content = (self.path / STOP_FILE).read_text(encoding="utf-8", errors="replace")
+            if content.strip() and _owner_in(content) not in (None, self.owner):
+                (self.path / STOP_FILE).unlink(missing_ok=True)
+                return None
+        except OSError:
+            return None
+        return f"the file {STOP_FILE} in the run directory"
+
     def close(self) -> None:
         """Give the folder up."""
+        with suppress(OSError):
+            (self.path / STOP_FILE).unlink(missing_ok=True)
         self._lock.close()
+
+
+def _owner_in(content: str) -> Any:
+    """Whom a stop file is meant for; None where it does not say."""
+    try:
+        return json.loads(content).get("owner")
+    except (ValueError, AttributeError, RecursionError):
+        return None
 
 
 def start_trackers(accelerator: Any, config: JobConfig) -> None:
@@ -140,7 +196,8 @@ class MetricsWriter:
             self._warn(f"{self.path} cannot be written ({error.strerror}); training goes on without it")
         if self.accelerator is not None and self.accelerator.trackers:
             try:
-                self.accelerator.log({k: v for k, v in row.items() if k not in ("step", "time")}, step=row["step"])
+                values = {k: v for k, v in row.items() if k not in ("step", "time") and v is not None}
+                self.accelerator.log(values, step=row["step"])
             except Exception as error:  # a tracker's own errors have no common type
                 self._warn(f"a tracker failed ({type(error).__name__}: {error}); training goes on")
 

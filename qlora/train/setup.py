@@ -1,12 +1,13 @@
 """Putting a run together. The only assembler: everything else gets what it needs handed to it.
 
-The order matters. What can be known without a model is checked first, data is tokenized before the ranks meet (so that
-no collective waits for it), the run directory is locked before anything is written, and what a checkpoint holds is put
-into the model before DeepSpeed copies it.
+The order matters. The run directory is locked first of all, so that a job can be stopped from its first second. What can
+be known without a model is checked, and data is tokenized, before the ranks meet (so that no collective waits for it);
+what a checkpoint holds is put into the model before DeepSpeed copies it.
 """
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -24,7 +25,7 @@ from qlora.distributed import runtime as processes
 from qlora.distributed.collectives import whole_parameters
 from qlora.distributed.engine import Engine
 from qlora.distributed.runtime import Runtime
-from qlora.errors import EXIT_BUG, EXIT_DONE, EXIT_STOPPED, CheckpointError, QloraError
+from qlora.errors import EXIT_BUG, EXIT_DONE, EXIT_STOPPED, CheckpointError, QloraError, StopRequested
 from qlora.files import write_file
 from qlora.objective.evaluate import evaluate
 from qlora.quant.source import BaseSource
@@ -36,7 +37,8 @@ from qlora.train.hooks import CheckpointHook, EvaluateHook, Hook, MetricsHook, P
 from qlora.train.inputs import Data, open_inputs
 from qlora.train.loop import Job, train
 from qlora.train.model_card import model_card
-from qlora.train.preempt import StopFlag
+from qlora.train.nonfinite import NonFiniteHook
+from qlora.train.preempt import StopFlag, stop_here, until_stopped
 from qlora.train.run_dir import MetricsWriter, RunDir, start_trackers
 from qlora.train.step import Counters, StepResult
 
@@ -47,42 +49,99 @@ def run_training(config: JobConfig, *, dry_run: bool = False, force: bool = Fals
     Raises:
         QloraError: whatever the user can mend; nothing that was saved is lost by it.
     """
-    opened = open_inputs(config)
-    runtime = processes.start(
-        per_device_batch_size=config.train.per_device_train_batch_size,
-        gradient_accumulation_steps=config.train.gradient_accumulation_steps,
-        max_grad_norm=config.train.max_grad_norm,
-        optimizer=config.train.optimizer,
-        trackers=config.logging.trackers,
-        logging_dir=config.train.output_dir,
-    )
+    stop = StopFlag().listen(at_once=True)
+    run_dir: RunDir | None = None
     try:
-        source, data = runtime.together(opened)
-        check_device(config, runtime)
-        if dry_run:
-            return do_dry_run(config, runtime, force=force)
-        run_dir = _own_run_dir(config, runtime)
-        stop = StopFlag()
+        run_dir, owned = _own_run_dir(config, stop) if _is_main() and not dry_run else (None, lambda: None)
+        opened = open_inputs(config)
+        stop.meet()
+        runtime = processes.start(
+            per_device_batch_size=config.train.per_device_train_batch_size,
+            gradient_accumulation_steps=config.train.gradient_accumulation_steps,
+            max_grad_norm=config.train.max_grad_norm,
+            optimizer=config.train.optimizer,
+            trackers=config.logging.trackers,
+            logging_dir=config.train.output_dir,
+        )
+        stop.have_met()
+        runtime.stop_requested = stop.requested
         try:
-            outcome = _train(config, runtime, run_dir, source, data, stop, force=force)
-        except BaseException as error:
-            _record_failure(run_dir, error)
-            raise
+            source, data = runtime.together(opened)
+            check_device(config, runtime)
+            if dry_run:
+                return do_dry_run(config, runtime, force=force)
+            runtime.together(owned)
+            try:
+                outcome = _train(config, runtime, run_dir, source, data, stop, force=force)
+            except StopRequested:
+                raise
+            except BaseException as error:
+                _record_failure(run_dir, error)
+                raise
+        except StopRequested:
+            outcome = "stopped"
+            _record_stop(run_dir, stop)
+            runtime.barrier()  # as at the end of training: none leaves before the main rank has written
         finally:
-            # Not before: where a rank fails, the launcher's signal to the others must not cut the record short.
-            stop.release()
-            if run_dir is not None:
-                run_dir.close()
+            runtime.end()
         return EXIT_STOPPED if outcome == "stopped" else EXIT_DONE
+    except StopRequested:
+        # Before the ranks have met. The launcher sees this one end, and asks the others.
+        _record_stop(run_dir, stop)
+        return EXIT_STOPPED
+    except QloraError:
+        if run_dir is not None:
+            run_dir.discard()
+        raise
     finally:
-        runtime.end()
+        # Not before: where a rank fails, the launcher's signal to the others must not cut the record short.
+        stop.release()
+        if run_dir is not None:
+            run_dir.close()
 
 
-def _own_run_dir(config: JobConfig, runtime: Runtime) -> RunDir | None:
-    """Lock the run directory on the main rank. Collective: a refusal there is raised on every rank."""
-    opened: list[RunDir] = []
-    runtime.from_main(lambda: opened.append(RunDir(Path(config.train.output_dir))))
-    return opened[0] if opened else None
+def _is_main() -> bool:
+    """Whether this will be the main rank, as far as the launcher has said so by now. Every launcher of ours does."""
+    return int(os.environ.get("RANK", "0")) == 0
+
+
+def _own_run_dir(config: JobConfig, stop: StopFlag) -> tuple[RunDir | None, Callable[[], None]]:
+    """Lock the run directory, and look for a stop file there from now on. Main rank only, before the ranks meet.
+
+    Returns:
+        the run directory, and what raises the QloraError that came up, when the other ranks can be told.
+    """
+    try:
+        run_dir = RunDir(Path(config.train.output_dir))
+    except QloraError as error:
+        refusal = error
+
+        def refuse() -> None:
+            raise refusal
+
+        return None, refuse
+    stop.watch(run_dir.stop_asked)
+    stop.on_end = run_dir.write_end_at_once
+    return run_dir, lambda: None
+
+
+def _record_stop(run_dir: RunDir | None, stop: StopFlag) -> None:
+    """Say in status.json that the job was stopped before it had done a step."""
+    if run_dir is None:
+        return
+    done = state.committed(run_dir.path)
+    print(f"stopped on request ({_reason(stop)}) before the first step; start the job again", flush=True)
+    run_dir.write_status(
+        "stopped",
+        state.step_of(done[-1]) if done else 0,
+        exit_code=EXIT_STOPPED,
+        reason=f"{_reason(stop)}, before the first step of this start",
+        resumable=bool(done),
+    )
+
+
+def _reason(stop: StopFlag) -> str:
+    return stop.reason or "another rank was asked to stop"
 
 
 def _record_failure(run_dir: RunDir | None, error: BaseException) -> None:
@@ -143,14 +202,16 @@ def _train(
     found = runtime.from_main(lambda: _find_checkpoint(config, folder, identity, force))
     resumed = found.folder if found is not None else None
     model, train_model, report = build_model(config, runtime, force=force, resumed=resumed)
+    stop_here(runtime)
     if config.lora.init_lora_weights == "eva" and found is None:
         start_from_data(config, runtime, train_model, data.rows, plan, data.pad_token_id)
     if found is not None:
         resume.load_parameters(found, model)
     engine = prepare_engine(config, runtime, train_model)
+    stop_here(runtime)
     if found is not None:
         resume.load_optimizer(found, model, engine)
-    trainer = found.trainer if found is not None else TrainerState(0, 0, 0, 0)
+    trainer = found.trainer if found is not None else TrainerState(0, 0, 0, 0, 0)
     num_steps = config.train.max_steps or loader.schedule.num_steps(config.train.num_train_epochs)
     if runtime.is_main:
         announce(config, runtime, model.qlora_base, report, data.rows, len(plan), num_steps, found)
@@ -160,7 +221,13 @@ def _train(
             folder,
             model,
             engine,
-            TrainerState(result.step, result.position.global_index, result.num_tokens, result.num_target_tokens),
+            TrainerState(
+                result.step,
+                result.position.global_index,
+                result.num_tokens,
+                result.num_target_tokens,
+                result.num_skipped,
+            ),
             identity,
             runtime=runtime,
             keep_last=config.checkpoint.keep_last,
@@ -170,7 +237,7 @@ def _train(
         for aside in set_aside_after(folder, trainer.step):
             print(f"warning: the run does not go on from this checkpoint, which is now {aside}", file=sys.stderr, flush=True)
         run_dir.write_config(dump_config(config, state.stack_versions()))
-        run_dir.write_status("running", trainer.step, num_steps=num_steps)
+        run_dir.write_status("running", trainer.step, num_steps=num_steps, num_skipped=trainer.num_skipped)
 
     runtime.from_main(lambda: write_start(run_dir) if run_dir is not None else None)
     # Under --force the global batch may be another one: steps go on counting, and the data starts where they stand.
@@ -180,13 +247,30 @@ def _train(
         runtime=runtime,
         engine=engine,
         loader=loader,
-        hooks=_hooks(config, runtime, run_dir, engine, data, num_steps, save),
+        hooks=_hooks(
+            config,
+            runtime,
+            run_dir,
+            engine,
+            data,
+            num_steps,
+            save,
+            NonFiniteHook(
+                folder,
+                runtime,
+                loader,
+                most_in_a_row=config.train.max_nonfinite_steps,
+                position=position,
+                num_micro_steps=config.train.gradient_accumulation_steps,
+                skips_overflow=engine.skips_overflow,
+                decode=data.tokenizer.decode,
+            ),
+        ),
         num_steps=num_steps,
         position=position,
-        counters=Counters(trainer.num_tokens, trainer.num_target_tokens),
+        counters=Counters(trainer.num_tokens, trainer.num_target_tokens, trainer.num_skipped),
         stop=stop,
     )
-    stop.listen()
     outcome = train(job)
     if runtime.is_main and config.logging.trackers:
         runtime.accelerator.end_training()
@@ -196,8 +280,11 @@ def _train(
         step = num_steps if outcome == "done" else state.step_of(state.committed(folder)[-1])
         code = EXIT_DONE if outcome == "done" else EXIT_STOPPED
         if outcome == "stopped":
-            print(f"stopped on request after step {step}, saved; start the job again to go on", flush=True)
-        run_dir.write_status(outcome, step, num_steps=num_steps, exit_code=code, resumable=outcome == "stopped")
+            print(f"stopped on request ({_reason(stop)}) after step {step}, saved; start the job again to go on", flush=True)
+        reason = _reason(stop) if outcome == "stopped" else None
+        run_dir.write_status(
+            outcome, step, num_steps=num_steps, exit_code=code, reason=reason, resumable=outcome == "stopped"
+        )
     # A launcher that sees one rank end with another code than 0 ends the others at once: none may leave before the
     # main rank has written everything.
     runtime.barrier()
@@ -243,6 +330,7 @@ def _hooks(
     data: Data,
     num_steps: int,
     save: Callable[[StepResult], None],
+    nonfinite: NonFiniteHook,
 ) -> list[Hook]:
     """What runs beside training on this rank."""
     hooks: list[Hook] = []
@@ -255,8 +343,10 @@ def _hooks(
         hooks += [
             ProgressHook(every, lambda: peak_memory_bytes(runtime.device)),
             MetricsHook(writer, every, lambda: peak_memory_bytes(runtime.device)),
-            StatusHook(lambda step: run_dir.write_status("running", step, num_steps=num_steps)),
+            StatusHook(lambda result: run_dir.write_status("running", result.step, num_skipped=result.num_skipped)),
         ]
+    # What is not to be saved is found before it is.
+    hooks.append(nonfinite)
     # Before the evaluation, which may be long: a step that was trained is not lost to it.
     hooks.append(CheckpointHook(config.checkpoint.every_steps, save))
     if data.eval_rows is not None:
@@ -269,6 +359,10 @@ def _hooks(
             pad_token_id=data.pad_token_id,
         )
         hooks.append(
-            EvaluateHook(config.eval.every_steps, lambda: evaluate(engine.model, loader, runtime.device, runtime), writer)
+            EvaluateHook(
+                config.eval.every_steps,
+                lambda: evaluate(engine.model, until_stopped(loader, runtime), runtime.device, runtime),
+                writer,
+            )
         )
     return hooks

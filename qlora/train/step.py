@@ -8,6 +8,7 @@ accumulation only add up.
 from __future__ import annotations
 
 import hashlib
+import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -35,6 +36,9 @@ class StepResult:
         step_seconds: wall clock.
         position: where the data stands now.
         stop_requested: some rank was asked to stop.
+        skipped: the gradient was not finite, and nothing was updated.
+        num_skipped: steps so far of which that is true.
+        nonfinite_micro_steps: those of this rank whose loss was not finite.
     """
 
     step: int
@@ -48,6 +52,9 @@ class StepResult:
     step_seconds: float
     position: Position
     stop_requested: bool
+    skipped: bool = False
+    num_skipped: int = 0
+    nonfinite_micro_steps: tuple[int, ...] = ()
 
 
 @dataclass
@@ -56,6 +63,7 @@ class Counters:
 
     num_tokens: int = 0
     num_target_tokens: int = 0
+    num_skipped: int = 0
 
 
 def run_step(
@@ -68,7 +76,7 @@ def run_step(
     seed: int,
     stop_requested: Callable[[], bool] = lambda: False,
 ) -> StepResult:
-    """Do one optimizer step. Collective.
+    """Do one optimizer step; where a loss or the gradient is not finite, leave everything as it is. Collective.
 
     Args:
         stop_requested: asked of each rank when its part of the step is done; what one says goes for all.
@@ -78,23 +86,27 @@ def run_step(
     factor = runtime.world_size / batches.global_num_target_tokens
     totals = torch.zeros(2, dtype=torch.float64, device=runtime.device)
     num_micro_steps = len(batches.micro_batches)
+    losses: list[torch.Tensor] = []
     for micro_step, batch in enumerate(batches.micro_batches):
         seed_step(seed, batches.step, micro_step, runtime.rank)
         with engine.micro_step(last=micro_step == num_micro_steps - 1):
             loss_sum, _ = engine.model(batch.to(runtime.device))
-            engine.backward(loss_sum * factor)
-        totals[0] += loss_sum.detach()
-    grad_norm = engine.step(learning_rate)
+            engine.backward(loss_sum * factor * _one_if_finite(loss_sum))
+        losses.append(loss_sum.detach())
+        totals[0] += losses[-1]
+    grad_norm = float(engine.step(learning_rate))
     totals[1] = float(stop_requested())
     runtime.sum(totals)
     loss, stops = (totals / torch.tensor([batches.global_num_target_tokens, 1.0], device=totals.device)).tolist()
+    skipped = not math.isfinite(grad_norm)
+    counters.num_skipped += skipped
     counters.num_tokens += batches.global_num_tokens
     counters.num_target_tokens += batches.global_num_target_tokens
     return StepResult(
         step=batches.step + 1,
         epoch=batches.epoch,
         loss=loss,
-        grad_norm=float(grad_norm),
+        grad_norm=grad_norm,
         learning_rate=learning_rate,
         num_tokens=counters.num_tokens,
         num_target_tokens=counters.num_target_tokens,
@@ -102,7 +114,18 @@ def run_step(
         step_seconds=time.perf_counter() - start,
         position=batches.position_after,
         stop_requested=stops > 0,
+        skipped=skipped,
+        num_skipped=counters.num_skipped,
+        nonfinite_micro_steps=() if math.isfinite(loss) else tuple(n for n, own in enumerate(losses) if not own.isfinite()),
     )
+
+
+def _one_if_finite(loss_sum: torch.Tensor) -> torch.Tensor:
+    """1, or no number: a loss that is infinite may have a gradient that is finite, and must not be learned from either.
+
+    By their gradient all ranks hear of it with no collective of its own.
+    """
+    return torch.where(loss_sum.detach().isfinite(), 1.0, math.nan)
 
 
 def seed_step(seed: int, step: int, micro_step: int, rank: int) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import random
 import shutil
 from collections.abc import Callable
@@ -283,10 +284,42 @@ def test_missing_and_extra_tensors_are_refused(run_dir: Path, identity: Identity
 
 def test_a_checkpoint_without_optimizer_state_is_refused(run_dir: Path, identity: Identity) -> None:
     model, engine = toy()
-    save(run_dir, identity, model, engine, 0)  # before the first step there is none
+    save(run_dir, identity, model, engine, 1)  # before the first step there is none
     with pytest.raises(CheckpointError, match="have no optimizer state"):
         resume_from(run_dir, toy()[0])
 
 
 def test_trainer_state_is_plain_numbers(found: resume.Found) -> None:
-    assert asdict(found.trainer) == {"step": 3, "global_index": 12, "num_tokens": 300, "num_target_tokens": 30}
+    assert asdict(found.trainer) == {
+        "step": 3,
+        "global_index": 12,
+        "num_tokens": 300,
+        "num_target_tokens": 30,
+        "num_skipped": 0,
+    }
+
+
+@pytest.mark.parametrize("skipped", [(1,), (0,), (0, 1)])
+def test_a_run_with_skipped_steps_goes_on_to_the_last_bit(
+    run_dir: Path, identity: Identity, skipped: tuple[int, ...]
+) -> None:
+    """The optimizer has seen fewer steps than the run has done, which Adam's correction of its moments depends on."""
+
+    def work_and_skip(engine: PlainEngine, first: int, last: int) -> None:
+        for step in range(first, last):
+            if step in skipped:
+                engine.backward(engine.model(torch.ones(4, 6)).sum() * math.nan)
+                assert not engine.step(0.05).isfinite()
+            else:
+                work(engine, step, step + 1)
+
+    whole, engine = toy()
+    work_and_skip(engine, 0, 5)
+    first, engine = toy()
+    work_and_skip(engine, 0, 2)
+    trainer = TrainerState(2, 2, 0, 0, num_skipped=len(skipped))
+    save_checkpoint(run_dir, first, engine, trainer, identity, runtime=RUNTIME, keep_last=9)
+    second, _ = toy()
+    work_and_skip(resume_from(run_dir, second), 2, 5)
+    for (name, a), (_, b) in zip(whole.named_parameters(), second.named_parameters(), strict=True):
+        assert torch.equal(a, b), name

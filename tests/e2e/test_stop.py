@@ -1,17 +1,25 @@
-"""Runs that are asked to stop, lose their launcher, or find their folder taken, started by the real command lines."""
+"""Runs that are asked to stop, lose their launcher, find their folder taken, or leave steps out that are not finite.
+
+Most are started by the real command lines; where something has to happen at one place, by `jobs_with_stops.py`.
+"""
 
 from __future__ import annotations
 
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
+
+from qlora.cli.main import main
+from qlora.cli.status import lock_is_held
 
 pytestmark = pytest.mark.e2e
 
@@ -49,6 +57,12 @@ def send(workers: list[int], number: signal.Signals) -> None:
         os.kill(worker, number)
 
 
+def free_port() -> int:
+    with socket.socket() as server:
+        server.bind(("127.0.0.1", 0))
+        return int(server.getsockname()[1])
+
+
 def start(
     project: Any, run_dir: Path, log: Path, *more: str, config: str = "zero1", num_steps: int = 40
 ) -> subprocess.Popen[bytes]:
@@ -56,10 +70,10 @@ def start(
     return project.launch(config, 2, "train", str(project.job), f"train.output_dir={run_dir}", *overrides, log=log)
 
 
-def test_stopped_by_signal_then_orphaned_then_finished(
+def test_stopped_by_signal_then_by_file_then_orphaned_then_finished(
     project: Any, patiently: Callable[..., Any], descendants: Callable[[int], list[int]], tmp_path: Path
 ) -> None:
-    """One run in three pieces has the losses of the run in one."""
+    """One run in four pieces has the losses of the run in one."""
     whole = project.result("zero1.long")
     run_dir, log = tmp_path / "run", tmp_path / "log"
 
@@ -84,17 +98,28 @@ def test_stopped_by_signal_then_orphaned_then_finished(
     assert f'"pid": {json.loads((run_dir / "LOCK").read_text())["pid"]}' in taken.stderr
     assert "Traceback" not in taken.stderr
 
-    # A launcher that is gone leaves no ranks behind.
+    # So does a file, wherever it comes from.
     launcher = start(project, run_dir, log)
     patiently(lambda: rows_of(run_dir)[-1]["step"] >= first["step"] + 2)
+    assert main(["stop", str(run_dir), "--wait", "--timeout", "60"]) == 0
+    assert project.wait(launcher, log) == 1
+    asked = json.loads((run_dir / "status.json").read_text())
+    assert (asked["state"], asked["exit_code"], asked["resumable"]) == ("stopped", 75, True)
+    assert "the file STOP" in asked["reason"]
+    assert first["step"] < asked["step"] < 40
+    assert not (run_dir / "STOP").exists()
+
+    # A launcher that is gone leaves no ranks behind.
+    launcher = start(project, run_dir, log)
+    patiently(lambda: rows_of(run_dir)[-1]["step"] >= asked["step"] + 2)
     workers = workers_of(launcher.pid, descendants)
     assert len(workers) == 2
     os.kill(launcher.pid, signal.SIGKILL)
     launcher.wait()
     patiently(lambda: not any(map(is_running, workers)), timeout=60)
     second = json.loads((run_dir / "status.json").read_text())
-    assert second["state"] == "stopped"
-    assert first["step"] < second["step"] < 40
+    assert (second["state"], second["reason"]) == ("stopped", "the launcher is gone")
+    assert asked["step"] < second["step"] < 40
 
     launcher = start(project, run_dir, log)
     assert project.wait(launcher, log) == 0, log.read_text()[-3000:]
@@ -127,3 +152,143 @@ def test_a_rank_that_dies_takes_the_others_along(
     assert status["num_steps"] == 400
     assert status["step"] >= 2
     assert (run_dir / f"checkpoints/step-{status['step']:08d}/COMMITTED").is_file()
+
+
+@dataclass(frozen=True)
+class End:
+    """How a job of `jobs_with_stops.py` ended."""
+
+    run_dir: Path
+    codes: list[int]
+    seconds: float
+    logs: list[str]
+
+    @property
+    def status(self) -> dict[str, Any]:
+        return json.loads((self.run_dir / "status.json").read_text())
+
+    @property
+    def checkpoints(self) -> list[str]:
+        return sorted(file.parent.name for file in self.run_dir.glob("checkpoints/*/COMMITTED"))
+
+
+PLACES = {
+    "tokenizing": ["data.cache_dir={folder}/fresh"],
+    "loading": [],
+    "loading, by the file": [],
+    "settling": [],
+    "evaluating": ["data.eval=[{eval}]", "eval.every_steps=2", "eval.per_device_eval_batch_size=1"],
+    "saving": ["checkpoint.every_steps=2"],
+    "twice": ["data.eval=[{eval}]", "eval.every_steps=2", "eval.per_device_eval_batch_size=1", "checkpoint.every_steps=2"],
+}
+
+
+def run_places(project: Any, folder: Path, config: str, places: dict[str, list[str]]) -> dict[str, End]:
+    """One launch of two ranks that does a job for each place."""
+    jobs: list[dict[str, Any]] = []
+    for number, (place, overrides) in enumerate(places.items()):
+        run_dir = folder / f"run{number}"
+        fill = {"folder": folder, "eval": project.eval}
+        more = [text.format(**fill) for text in overrides]
+        argv = ["train", str(project.job), f"train.output_dir={run_dir}", *more]
+        log = str(folder / f"log{number}")
+        prepare = [jobs[0]["run_dir"], 3] if place == "resumed" else None
+        job = {"argv": argv, "port": free_port(), "log": log, "run_dir": str(run_dir), "place": place, "prepare": prepare}
+        jobs.append(job)
+    table, log = folder / "jobs.json", folder / "launch.log"
+    table.write_text(json.dumps(jobs))
+    script = str(Path(__file__).with_name("jobs_with_stops.py"))
+    launcher = project.start([*project.launch_arguments(config, 2), script, str(table)], log)
+    assert project.wait(launcher, log) == 0, log.read_text()[-3000:]
+    found = {}
+    for job in jobs:
+        ends = [json.loads(Path(f"{job['log']}.{rank}.end").read_text()) for rank in (0, 1)]
+        asked = Path(f"{job['log']}.asked")
+        seconds = max(end[1] for end in ends) - (float(asked.read_text()) if asked.exists() else 0)
+        logs = [Path(f"{job['log']}.{rank}").read_text(errors="replace") for rank in (0, 1)]
+        found[job["place"]] = End(Path(job["run_dir"]), [end[0] for end in ends], seconds, logs)
+    return found
+
+
+@pytest.fixture(scope="module")
+def ends(project: Any, tmp_path_factory: pytest.TempPathFactory) -> dict[str, End]:
+    return run_places(project, tmp_path_factory.mktemp("stops"), "zero3", PLACES)
+
+
+@pytest.mark.parametrize("place", PLACES)
+def test_a_stop_is_honoured_wherever_the_run_is(ends: dict[str, End], place: str) -> None:
+    end = ends[place]
+    if place == "twice":
+        assert end.codes[0] == 128 + signal.SIGTERM, end.logs
+        assert end.codes[1] != 0
+    else:
+        assert end.codes == [75, 75], end.logs
+        assert "error" not in end.logs[0].lower() + end.logs[1].lower()
+    assert end.seconds < 25
+    before = place.startswith(("tokenizing", "loading", "settling"))
+    step = {"evaluating": 2, "saving": 3, "twice": 2}.get(place, 0)
+    status = end.status
+    assert (status["state"], status["step"], status["resumable"]) == ("stopped", step, not before)
+    assert status["exit_code"] == (75 if place != "twice" else 143)
+    assert ("before the first step" in status["reason"]) == before
+    reasons = {"loading, by the file": "STOP", "tokenizing": "SIGTERM", "saving": "SIGTERM", "twice": "a second signal"}
+    assert reasons.get(place, "") in status["reason"]
+    assert end.checkpoints == {0: [], 2: ["step-00000002"], 3: ["step-00000002", "step-00000003"]}[step]
+    # Nothing half written, and the folder is free.
+    left = {file.name for file in end.run_dir.rglob("*")}
+    assert not any(name.endswith((".tmp", ".trash")) or name in ("STOP", "adapter") for name in left)
+    assert not lock_is_held(end.run_dir / "LOCK")
+    if place == "evaluating":
+        assert not any("eval_loss" in row for row in rows_of(end.run_dir))
+        assert "evaluation left" in end.logs[0]
+    if place == "tokenizing":
+        assert {file.suffix for file in (end.run_dir.parent / "fresh").iterdir()} <= {".lock"}
+
+
+@pytest.mark.parametrize("config", ["ddp", "zero3"])
+def test_steps_that_are_not_finite_change_nothing_and_end_the_run_when_they_go_on(
+    project: Any, tmp_path: Path, config: str
+) -> None:
+    """Rank 1 spoils steps 2, 4, 6, 8 and 9, in one way or another."""
+    job = ["checkpoint.every_steps=1", "checkpoint.keep_last=99", "train.gradient_accumulation_steps=2"]
+    more = [*job, "train.max_steps=12", "train.max_nonfinite_steps=2"]
+    six = [*job, "train.max_steps=6"]
+    places = {"once": six, "resumed": six, "not finite": more}
+    ends = run_places(project, tmp_path, config, places)
+    end = ends["not finite"]
+    assert end.codes == [2, 2], end.logs
+    status = end.status
+    assert (status["state"], status["exit_code"], status["resumable"], status["step"]) == ("failed", 2, True, 8)
+    assert status["num_skipped_steps"] == 5
+    assert "at step 9, as at every step since 8" in status["reason"]
+    assert "ranks 1" in status["reason"]
+    assert end.checkpoints == [f"step-{step:08d}" for step in range(1, 9)]
+
+    def saved(step: int) -> list[bytes]:
+        folder = end.run_dir / f"checkpoints/step-{step:08d}"
+        return [(folder / name).read_bytes() for name in ("adapter_model.safetensors", "optimizer.safetensors")]
+
+    for step in range(2, 9):
+        same = [a == b for a, b in zip(saved(step), saved(step - 1), strict=True)]
+        assert same == [step % 2 == 0] * 2, step
+    rows = {row["step"]: row for row in rows_of(end.run_dir)}
+    assert [rows[step]["num_skipped_steps"] for step in range(1, 10)] == [0, 1, 1, 2, 2, 3, 3, 4, 5]
+    assert [step for step, row in rows.items() if row["loss"] is None] == [2, 4, 8, 9]
+    assert [step for step, row in rows.items() if row["grad_norm"] is None] == [2, 4, 6, 8, 9]
+
+    aside = {int(path.stem.removeprefix("step-")): path for path in (end.run_dir / "nonfinite").iterdir()}
+    lines = {step: [json.loads(line) for line in path.read_text().splitlines()] for step, path in aside.items()}
+    assert sorted(lines) == [2, 4, 6, 8, 9]
+    assert {(row["rank"], row["micro_step"]) for step in (2, 4, 8, 9) for row in lines[step]} == {(1, 0)}
+    assert {(row["rank"], row["micro_step"]) for row in lines[6]} == {(0, 0), (1, 0), (0, 1), (1, 1)}
+    train = project.train.read_text()
+    for row in lines[2]:
+        assert json.loads(train.splitlines()[row["row"]])["messages"][1]["content"] in row["text"]
+
+    # A run that goes on from after a skipped step is the run that was never cut: its optimizer counts updates, not steps.
+    once, resumed = ends["once"], ends["resumed"]
+    assert once.codes == resumed.codes == [0, 0], once.logs + resumed.logs
+    assert [row["num_skipped_steps"] for row in rows_of(once.run_dir)] == [0, 1, 1, 1, 1, 1]
+    assert "after step 3" in resumed.logs[0]
+    name = "adapter/adapter_model.safetensors"
+    assert (once.run_dir / name).read_bytes() == (resumed.run_dir / name).read_bytes()

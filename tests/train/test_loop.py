@@ -18,9 +18,9 @@ from qlora.config.schema import JobConfig
 from qlora.data.batch import empty_batch
 from qlora.data.loader import StepBatches
 from qlora.data.sampler import Position
-from qlora.errors import QloraError
+from qlora.errors import StopRequested
 from qlora.train.hooks import CheckpointHook, EvaluateHook, MetricsHook, ProgressHook, StatusHook
-from qlora.train.loop import Job, refuse_nonfinite, train
+from qlora.train.loop import Job, train
 from qlora.train.run_dir import MetricsWriter
 from qlora.train.step import Counters, StepResult, run_step, seed_step
 
@@ -119,14 +119,37 @@ def test_a_request_during_the_last_step_changes_nothing() -> None:
     assert train(job(Engine(), [hook], num_steps=2, stop_at=2)) == "done"
 
 
-@pytest.mark.parametrize(
-    ("losses", "norms"), [([3.0, 3.0, math.nan], []), ([math.inf, 3.0], []), ([], [1.0, math.nan]), ([], [math.inf])]
-)
-def test_what_is_not_finite_stops_before_any_hook_sees_it(losses: list[float], norms: list[float]) -> None:
-    hook = Recorder()
-    with pytest.raises(QloraError, match="not finite at step"):
-        train(job(Engine(losses, norms), [hook]))
-    assert not [call for call in hook.calls if call[1] in (True, "done")]
+def test_an_evaluation_that_is_left_ends_the_run_after_its_step() -> None:
+    class Left(Recorder):
+        def after_step(self, result: StepResult, *, is_last: bool) -> None:
+            super().after_step(result, is_last=is_last)
+            if result.step == 2:
+                raise StopRequested
+
+    hook = Left()
+    assert train(job(Engine(), [hook], num_steps=9)) == "stopped"
+    assert hook.calls[-2:] == [(2, False), (2, "stopped")]
+    last = Left()
+    assert train(job(Engine(), [last], num_steps=2)) == "done"
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+def test_a_loss_that_is_not_finite_has_a_gradient_that_is_none(bad: float) -> None:
+    engine, counters = Engine([2.0, bad], [math.nan]), Counters()
+    result = run_step(engine, RUNTIME, next(Loader().batches(Position(0))), counters, learning_rate=0.1, seed=0)
+    first, second = [call[1] for call in engine.calls if call[0] == "backward"]
+    assert first == pytest.approx(2.0 * 2 / 6)
+    assert math.isnan(second)
+    assert (result.skipped, result.num_skipped, result.nonfinite_micro_steps) == (True, 1, (1,))
+    assert not math.isfinite(result.loss)
+    good = run_step(Engine(), RUNTIME, next(Loader().batches(Position(4))), counters, learning_rate=0.1, seed=0)
+    assert (good.skipped, good.num_skipped, good.nonfinite_micro_steps) == (False, 1, ())
+
+
+def test_a_gradient_that_is_not_finite_is_a_skipped_step() -> None:
+    engine = Engine([], [math.inf])
+    result = run_step(engine, RUNTIME, next(Loader().batches(Position(0))), Counters(), learning_rate=0.1, seed=0)
+    assert (result.skipped, result.nonfinite_micro_steps) == (True, ())
 
 
 def test_a_step_sums_losses_and_scales_gradients_by_the_global_count() -> None:
@@ -211,17 +234,18 @@ def test_status_is_written_now_and_then_and_at_the_end(monkeypatch: pytest.Monke
     now = [1000.0]
     monkeypatch.setattr("qlora.train.hooks.time.monotonic", lambda: now[0])
     written: list[int] = []
-    hook = StatusHook(written.append)
+    hook = StatusHook(lambda result: written.append(result.step))
     for step in range(1, 5):
         hook.after_step(result_at(step), is_last=step == 4)
         now[0] += 3.0
     assert written == [1, 3, 4]
 
 
-def test_a_skipped_overflow_is_no_error_and_an_infinite_loss_is() -> None:
-    overflow = replace(result_at(3), grad_norm=float("inf"))
-    refuse_nonfinite(overflow, allow_overflow=True)
-    with pytest.raises(QloraError, match="not finite at step"):
-        refuse_nonfinite(overflow)
-    with pytest.raises(QloraError, match="not finite at step"):
-        refuse_nonfinite(replace(overflow, loss=float("nan")), allow_overflow=True)
+def test_a_skipped_step_has_its_row_which_is_json(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    hook = MetricsHook(MetricsWriter(path), 10, lambda: 7)
+    skipped = replace(result_at(3), loss=math.nan, grad_norm=math.inf, skipped=True, num_skipped=2)
+    hook.after_step(skipped, is_last=False)
+    hook.after_step(result_at(4), is_last=False)
+    (row,) = [json.loads(line) for line in path.read_text().splitlines()]
+    assert (row["step"], row["loss"], row["grad_norm"], row["num_skipped_steps"]) == (3, None, None, 2)

@@ -14,7 +14,7 @@ import pytest
 
 from qlora.errors import CheckpointError, ConfigError
 from qlora.train import run_dir as module
-from qlora.train.run_dir import MetricsWriter, RunDir
+from qlora.train.run_dir import STOP_FILE, MetricsWriter, RunDir
 
 HOLD = """
 import sys; from pathlib import Path; from qlora.train.run_dir import RunDir
@@ -87,6 +87,61 @@ def test_status_is_replaced_as_a_whole_and_a_full_disk_ends_nothing(
     with pytest.raises(ConfigError, match="No space left"):
         held.write_config("x: 1")
     held.close()
+
+
+def test_a_stop_file_from_before_the_start_stops_nothing(tmp_path: Path) -> None:
+    (tmp_path / STOP_FILE).write_text("")
+    held = RunDir(tmp_path)
+    assert held.stop_asked() is None
+    assert not (tmp_path / STOP_FILE).exists()
+    held.close()
+
+
+def test_a_stop_file_is_honoured_and_removed(tmp_path: Path) -> None:
+    for content in ("", "{}", "please", json.dumps({"owner": None, "time": 1.0}), "own"):
+        held = RunDir(tmp_path)
+        (tmp_path / STOP_FILE).write_text(json.dumps({"owner": held.owner}) if content == "own" else content)
+        assert "STOP" in (held.stop_asked() or "")
+        held.close()
+        assert not (tmp_path / STOP_FILE).exists()
+
+
+def test_a_stop_file_for_the_run_before_is_removed(tmp_path: Path) -> None:
+    """Written by one who looked at the lock a moment before the next run took it."""
+    before = RunDir(tmp_path)
+    before.close()
+    held = RunDir(tmp_path)
+    (tmp_path / STOP_FILE).write_text(json.dumps({"owner": before.owner | {"pid": 1}}))
+    assert held.stop_asked() is None
+    assert not (tmp_path / STOP_FILE).exists()
+    held.close()
+
+
+def test_an_end_at_once_is_written_unless_the_end_is_there(tmp_path: Path) -> None:
+    (tmp_path / "checkpoints/step-00000004").mkdir(parents=True)
+    (tmp_path / "checkpoints/step-00000004/COMMITTED").touch()
+    held = RunDir(tmp_path)
+    held.write_status("running", 6, num_steps=9)
+    held.write_end_at_once("a second signal (SIGTERM)", 143)
+    status = json.loads((tmp_path / "status.json").read_text())
+    assert (status["state"], status["step"], status["exit_code"], status["resumable"]) == ("stopped", 4, 143, True)
+    assert "without saving" in status["reason"]
+    held.write_end_at_once("again", 1)
+    assert json.loads((tmp_path / "status.json").read_text()) == status
+    held.close()
+
+
+def test_a_refused_start_removes_what_it_made_and_no_more(tmp_path: Path) -> None:
+    held = RunDir(tmp_path / "a/b")
+    (tmp_path / "a/b" / STOP_FILE).touch()
+    assert held.discard()
+    assert not held.discard()
+    assert list(tmp_path.iterdir()) == []
+    held.close()
+    (tmp_path / "c").mkdir()
+    there = RunDir(tmp_path / "c")
+    assert not there.discard()
+    there.close()
 
 
 def rows_of(path: Path) -> list[dict[str, Any]]:
