@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import sys
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -19,7 +21,7 @@ from qlora.lora.from_weights import FromWeights
 from qlora.lora.starts import needs_weights
 from qlora.quant.load import load_model
 from qlora.quant.residual import InitialFactors, Method
-from qlora.quant.source import resolve_base
+from qlora.quant.source import read_merged, resolve_base
 
 DEFAULT_QUANTIZATION = QuantizationConfig()
 
@@ -45,7 +47,7 @@ def load_base(
     Args:
         base: `builtin:tiny`, a Hugging Face folder, or a hub id.
         dtype: of unquantized weights, and what quantized layers compute in.
-        quantization: None leaves the base as it is.
+        quantization: None leaves the base as it is. What `qlora merge` wrote in 16 bits is warned of otherwise.
         device: None is the current GPU, or the CPU.
         sharding: how ranks share one copy (`Runtime.sharding`); None keeps a whole one.
         check_room: refuse a base that the free memory does not hold.
@@ -67,6 +69,8 @@ def load_base(
     """
     sharding = sharding or Sharding()
     source = sharding.together(partial(resolve_base, base, revision, allow_pickle=allow_pickle))
+    if quantization is not None and sharding.together(partial(read_merged, source.folder)) is not None:
+        _warn_of_merged(base)
     tokenizer = sharding.together(partial(load_tokenizer, str(source.folder)))
     asked = lora.new_tokens if lora is not None else ()
     new = sharding.together(lambda: add_tokens(tokenizer, tokens_to_add(adapter, asked)))
@@ -81,6 +85,17 @@ def load_base(
     model.qlora_new_tokens = new
     check_vocabulary(tokenizer, whole_shape(model.get_input_embeddings().weight)[0])
     return model, tokenizer
+
+
+def _warn_of_merged(base: str) -> None:
+    """Say once, on the main rank, what quantizing does to a merged model."""
+    if os.environ.get("RANK", "0") == "0":
+        print(
+            f"warning: {base} is a merged model, and quantizing it rounds away much of what its adapter learned; "
+            "open it with model.quantization: null (in Python quantization=None)",
+            file=sys.stderr,
+            flush=True,
+        )
 
 
 def _recorded(folder: str | Path) -> InitialFactors | None:

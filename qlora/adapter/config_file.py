@@ -60,6 +60,9 @@ HARMLESS = frozenset(
     }
 )
 # Initialisations that leave the base as it is; the others train a changed base.
+# Of the latter, those that PEFT finds again exactly on an unquantized base. Of others it would find something else without
+# a word, so that they are written under a name that it refuses.
+INITS_PEFT_REDOES = ("pissa", "olora")
 INITS_ON_THE_BASE = ("gaussian", "eva", "orthogonal", "mica", True, False, None)
 
 
@@ -148,7 +151,7 @@ def render(
             **selection.fields(config, targeted, trained, all_paths),
             "bias": "none",
             "fan_in_fan_out": fan_in_fan_out,
-            "init_lora_weights": initial or (own if (own := config.init_lora_weights) in INITS_ON_THE_BASE else True),
+            "init_lora_weights": _init(config.init_lora_weights, initial),
             "use_dora": config.use_dora,
             "lora_bias": config.lora_bias,
             "rank_pattern": config.rank_pattern,
@@ -159,11 +162,18 @@ def render(
     )
 
 
+def _init(own: str, initial: str | None) -> str | bool:
+    """What the file says of the start."""
+    if initial is None:
+        return own if own in INITS_ON_THE_BASE else True
+    return initial if initial in INITS_PEFT_REDOES else f"qlora:{initial}"
+
+
 def _token_indices(rows: Mapping[str, tuple[int, ...]], all_paths: Sequence[str]) -> Any:
     """A list for the input embedding alone, else lists by the end of a path (both are PEFT's)."""
     if len(rows) < 2:
         return next((list(ids) for ids in rows.values()), None)
-    return {shortest_suffixes([path], all_paths)[0]: list(ids) for path, ids in rows.items()}
+    return {shortest_suffixes([path], all_paths)[0]: list(ids) for path, ids in sorted(rows.items())}
 
 
 def as_text(fields: dict[str, Any]) -> str:

@@ -24,6 +24,7 @@ from qlora.adapter.config_file import CONFIG_NAME, as_text, plain
 from qlora.adapter.folder import read_json
 from qlora.adapter.keys import PARTS_A, PARTS_B, AdapterKey
 from qlora.adapter.merge_report import read_text
+from qlora.adapter.new_tokens import files_beside
 from qlora.adapter.read import METADATA_KEY, TEMPLATE_NAME, WEIGHTS_NAME, AdapterFile, open_adapter, refuse
 from qlora.adapter.residual import unfold_initial
 from qlora.adapter.tensor_file import weights_file
@@ -64,12 +65,20 @@ def run_export(adapter: Path, out: Path, reader: Reader, *, report: str | None =
             `merge_report.read_text`. Both are run, one after the other, on the base as it was trained on.
 
     Raises:
-        AdapterError: the adapter cannot be read, holds what the reader does not know, or `out` cannot be written.
+        AdapterError: the adapter cannot be read, holds what the reader does not know, or `out` cannot be written; nothing is
+            to be measured, and `report` is given.
         QloraError: see `unfolding.measure`.
     """
     found = open_adapter(adapter)
     approximate = found.changes_base and found.described.get("quantization") is not None
-    remaining = _measure(found, report) if report is not None and approximate else None
+    if report is not None and not approximate:
+        raise AdapterError(
+            "there is nothing to measure: what is written computes the same as the adapter",
+            place="--report",
+            found=f"{found.folder}, which did not start from the weights of a quantized base",
+            next_step="leave --report out",
+        )
+    remaining = _measure(found, report) if report is not None else None
     try:
         if reader == "peft":
             with new_folder(out) as folder:
@@ -82,6 +91,7 @@ def run_export(adapter: Path, out: Path, reader: Reader, *, report: str | None =
             metadata = {METADATA_KEY: json.dumps(described, sort_keys=True)}
             (folder / CONFIG_NAME).write_text(as_text(config), encoding="utf-8")
             (folder / WEIGHTS_NAME).write_bytes(weights_file(tensors, metadata))
+            _write_tokenizer(found, folder)
     except OSError as error:
         raise AdapterError(f"the adapter cannot be written ({error.strerror})", place=str(out)) from error
     return Exported(out, config["r"], approximate, remaining)
@@ -104,8 +114,15 @@ def _write_for_peft(found: AdapterFile, folder: Path) -> None:
     else:
         for name in (CONFIG_NAME, WEIGHTS_NAME):
             shutil.copyfile(found.folder / name, folder / name)
+    _write_tokenizer(found, folder)
     if (found.folder / TEMPLATE_NAME).is_file():
         shutil.copyfile(found.folder / TEMPLATE_NAME, folder / TEMPLATE_NAME)
+
+
+def _write_tokenizer(found: AdapterFile, folder: Path) -> None:
+    """The tokenizer that has the adapter's new tokens."""
+    for name, content in files_beside(found).items():
+        (folder / name).write_bytes(content)
 
 
 def _check_served(found: AdapterFile, reader: str) -> None:

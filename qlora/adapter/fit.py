@@ -10,6 +10,7 @@ from torch import nn
 
 from qlora.adapter.config_file import AdapterConfig
 from qlora.adapter.keys import BASE, AdapterKey
+from qlora.adapter.new_tokens import check_tokens
 from qlora.adapter.read import WEIGHTS_NAME, AdapterFile, refuse
 from qlora.adapter.residual import check_initial
 from qlora.distributed.collectives import is_partitioned, whole_parameters, whole_shape
@@ -35,11 +36,12 @@ def check_fit(model: nn.Module, found: AdapterFile, other_base: bool = False) ->
 
     Raises:
         AdapterError: it was trained on another base, has modules or tensors that the model has no place for, lacks some,
-            or has other shapes; all that is wrong is named.
+            or has other shapes; all that is wrong is named. Also one with other new tokens, see `new_tokens.check_tokens`.
     """
     file = found.folder / WEIGHTS_NAME
     _check_base(model, found, other_base)
     check_initial(found.initial, initial_factors(model), str(file))
+    check_tokens(model, found)
     if not found.targeted and not found.trained and not found.token_rows:
         raise AdapterError("the adapter would change nothing", place=str(file))
     # Inside of a LoRA layer there is no module of the base, and a module that is shared has one path.
@@ -68,8 +70,20 @@ def check_fit(model: nn.Module, found: AdapterFile, other_base: bool = False) ->
     wrong += _missing(model, found, paths)
     wrong += _untied(model, found)
     refuse(wrong, f"{len(wrong)} tensors do not fit the model", file)
-    if any(is_partitioned(p) for _, layer in lora_layers(model) for own in layer.updates for p in layer.parts(own).values()):
-        raise AdapterError("adapters are loaded before the model is prepared", place=str(file))
+    refuse_prepared(model, found)
+
+
+def is_prepared(model: nn.Module) -> bool:
+    """Whether the adapters' own parameters are in shares."""
+    return any(
+        is_partitioned(p) for _, layer in lora_layers(model) for own in layer.updates for p in layer.parts(own).values()
+    )
+
+
+def refuse_prepared(model: nn.Module, found: AdapterFile) -> None:
+    """Raise AdapterError where the model is prepared already."""
+    if is_prepared(model):
+        raise AdapterError("adapters are loaded before the model is prepared", place=str(found.folder / WEIGHTS_NAME))
 
 
 def _check_base(model: nn.Module, found: AdapterFile, other_base: bool) -> None:

@@ -8,13 +8,22 @@ import torch
 from torch import Tensor, nn
 
 from qlora.adapter.expert_keys import in_model
-from qlora.adapter.fit import check_fit
+from qlora.adapter.fit import check_fit, is_prepared, refuse_prepared
+from qlora.adapter.new_tokens import KEPT, tokens_kept
 from qlora.adapter.read import AdapterFile, open_adapter
 from qlora.adapter.save import adapter_record
 from qlora.distributed.collectives import set_whole
 from qlora.errors import AdapterError
-from qlora.lora.inject import AdapterRecord, activate, check_can_add, take_over_bitsandbytes, wrap
-from qlora.lora.layer import LoraLayer
+from qlora.lora.inject import (
+    AdapterRecord,
+    activate,
+    check_can_add,
+    take_over_bitsandbytes,
+    unwrap_empty,
+    without_layers_of,
+    wrap,
+)
+from qlora.lora.layer import LoraLayer, refuse_by_row
 from qlora.lora.starts import refuse_changed_base
 from qlora.lora.token_rows import ROWS, add_token_rows, remove_token_rows
 
@@ -39,7 +48,9 @@ def load_adapter(
     adapters: dict[str, AdapterRecord] = model.__dict__.get("qlora_adapters", {})
     if name in adapters and not replace:
         raise AdapterError(f"the model has an adapter {name!r} already", next_step="pass replace=True, or another name")
-    check_fit(model, found, other_base)
+    refuse_prepared(model, found)
+    with without_layers_of(model, name):
+        check_fit(model, found, other_base)
     check_can_add(model, name, found.trained)
     lost = set(adapters[name].trained) - set(found.trained) if name in adapters else set()
     if lost:
@@ -51,9 +62,10 @@ def load_adapter(
         )
     dtypes = {entry.dtype for key, entry in found.entries.items() if key.is_of_update}
     config = found.config.to_lora_config(found.targeted, "bfloat16" if dtypes == {torch.bfloat16} else "float32")
-    tensors = found.read_all()
+    tensors, kept = found.read_all(), tokens_kept(model, found)
     if name in adapters:
         _forget(model, name)
+        unwrap_empty(model, keep=found.targeted)
     take_over_bitsandbytes(model)
     updates: dict[str, dict[str, Tensor]] = {path: {} for path in found.targeted}
     for key, value in tensors.items():
@@ -70,14 +82,16 @@ def load_adapter(
             set_whole(model.get_submodule(key.path).get_parameter(key.part), value)
     record = AdapterRecord(config.model_copy(update=found.config.selection), tuple(found.targeted), tuple(trained), rows)
     model.__dict__.setdefault("qlora_adapters", {})[name] = record
+    model.__dict__.setdefault(KEPT, {})[name] = kept
     return found
 
 
 def delete_adapter(model: nn.Module, name: str) -> None:
-    """Forget an adapter; the layers stay for others. Where it was the active one, the base alone is left.
+    """Forget an adapter, and the layers that no other has. Where it was the active one, the base alone is left.
 
     Raises:
-        AdapterError: there is none of that name, or it has trained modules as wholes, whose old values are gone.
+        AdapterError: there is none of that name, `adapters_by_row` is in force, or it has trained modules as wholes, whose
+            old values are gone.
     """
     record = adapter_record(model, name)
     if record.trained:
@@ -87,7 +101,11 @@ def delete_adapter(model: nn.Module, name: str) -> None:
             next_step="load the base again",
         )
     refuse_changed_base(model, "without the adapter it computes nothing sensible")
+    refuse_by_row(model)
+    prepared = is_prepared(model)
     _forget(model, name)
+    if not prepared:  # what gathers shares hangs on the layers
+        unwrap_empty(model)
 
 
 def _forget(model: nn.Module, name: str) -> None:
@@ -98,3 +116,4 @@ def _forget(model: nn.Module, name: str) -> None:
             layer.remove_adapter(name)
     remove_token_rows(model, record.token_rows, name)
     del model.__dict__["qlora_adapters"][name]
+    model.__dict__.get(KEPT, {}).pop(name, None)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -13,14 +14,13 @@ from qlora.adapter.merge_weight import (
     LowRank,
     Rows,
     as_matrix,
-    of_tensor,
     plus,
     plus_vector,
     with_magnitude,
     with_rows,
 )
 from qlora.adapter.read import WEIGHTS_NAME, AdapterFile, refuse
-from qlora.errors import AdapterError, ConfigError
+from qlora.errors import AdapterError, BaseModelError, ConfigError
 from qlora.lora.expert_paths import module_at
 from qlora.lora.experts import ExpertWeight
 from qlora.lora.kinds import kind_of
@@ -60,6 +60,27 @@ class Change:
         """What takes the tensor's place."""
         assert self.replaced is not None
         return self.found.read(self.replaced)
+
+    def run(self, shape: tuple[int, ...], offset: int) -> Rows:
+        """What takes the place of a part of the tensor, by rows that are read when they are asked for.
+
+        Args:
+            shape: of the part.
+            offset: the element of the tensor that it begins with.
+        """
+        assert self.replaced is not None
+        entry, size = self.found.entries[self.replaced], math.prod(shape[1:])
+
+        def read(start: int, stop: int) -> Tensor:
+            try:
+                rows = entry.read(offset + start * size, offset + stop * size).reshape(-1, *shape[1:]).to(torch.float32)
+            except BaseModelError as error:
+                raise AdapterError(error.message, place=error.place) from error
+            if not torch.isfinite(rows).all():
+                raise AdapterError(f"{entry.name} holds values that are not finite", place=str(entry.file))
+            return rows
+
+        return Rows(shape, read)
 
     def is_as(self, other: Change | None) -> bool:
         """Whether both do the same. Reads what takes the place of a tensor."""
@@ -166,15 +187,15 @@ def _add_rows(changes: dict[str, Change], module: Any, key: AdapterKey, found: A
 
 
 def changed(rows: Rows, change: Change, *, transposed: bool = False, offset: int = 0) -> Rows:
-    """What a change makes of a tensor. Reads the adapter's tensors whole.
+    """What a change makes of a tensor. Reads the tensors of an update whole.
 
     Args:
-        rows: of the tensor, or of a run of a fused expert weight.
+        rows: of the tensor, or of a part of one, where it is replaced or has an update for each expert.
         transposed: the tensor lies as (in, out).
-        offset: the element of the fused weight that it begins with.
+        offset: the element of the tensor that the part begins with.
     """
     if change.replaced is not None:
-        return of_tensor(change.value())
+        return change.run(rows.shape, offset)
     parts = change.parts()
     if change.tokens:
         return with_rows(rows, torch.tensor(change.tokens), parts[ROWS])

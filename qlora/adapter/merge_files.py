@@ -1,11 +1,13 @@
 """`qlora merge`: base and adapter into one model folder, from files to files, a few rows of a tensor at a time.
 
-`adapter.merge_plan` says what the folder holds. Names and layout of the base's files are kept, so that whatever opened the
-base opens the result. Of weights that the base ties, one that the adapter changes alone gets a tensor of its own.
+`adapter.merge_plan` says what the folder holds. Names and layout of the base's files are kept. Of weights that the base
+ties, one that the adapter changes alone gets a tensor of its own. `qlora_merged.json` says that weights in 16 bits are
+merged ones, which quantizing again would take the update from.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 import shutil
 from collections.abc import Callable
@@ -20,7 +22,8 @@ from qlora.adapter import merge_report
 from qlora.adapter.expert_keys import in_model
 from qlora.adapter.folder import inside
 from qlora.adapter.merge_plan import DEQUANTIZED, FORMS, ORIGINAL, QUANTIZED, plan_merge
-from qlora.adapter.read import TEMPLATE_NAME, AdapterFile, open_adapter
+from qlora.adapter.new_tokens import recorded_tokens
+from qlora.adapter.read import TEMPLATE_NAME, WEIGHTS_NAME, AdapterFile, open_adapter
 from qlora.config.schema import QuantizationConfig
 from qlora.distributed.sharding import Sharding
 from qlora.errors import AdapterError, BaseModelError
@@ -28,7 +31,7 @@ from qlora.quant.model_folder import copy_rest, new_folder
 from qlora.quant.prepare import quantization_config
 from qlora.quant.residual import change_base
 from qlora.quant.skeleton import Skeleton, read_skeleton
-from qlora.quant.source import BaseSource, fingerprints_of, resolve_base
+from qlora.quant.source import MERGED_NAME, BaseSource, fingerprints_of, resolve_base
 from qlora.quant.write import SHARD_BYTES, Planned, write_model
 
 # What an adapter that added tokens brings along, in place of the base's.
@@ -77,7 +80,8 @@ def run_merge(
         shard_bytes: the most a file holds; see `quant.write.write_model`.
         report: a file of text or rows to compare the result with base and adapter on, or `merge_report.BUILTIN`. None is
             no report. See `merge_report.write`.
-        measure_all: compare all forms that can be made of this base, not only the one that is written.
+        measure_all: compare all forms that can be made of this base, not only the one that is written. The report says
+            which cannot, and why.
 
     Raises:
         AdapterError: no base is recorded, another base, a form that cannot be made of it, an adapter that does not fit, or
@@ -92,8 +96,7 @@ def run_merge(
         with new_folder(out) as folder:
             write_form(parts, folder, onto, wanted, shard_bytes, out)
             if text is not None:
-                forms = [onto, *(form for form in FORMS if measure_all and form != onto and not why_not(parts, form))]
-                _measure(parts, folder, forms, wanted, text, out)
+                _measure(parts, folder, [onto, *others(onto)] if measure_all else [onto], wanted, text, out)
     except OSError as error:
         raise AdapterError(
             f"the merged model cannot be written ({error.strerror})",
@@ -148,6 +151,11 @@ def why_not(parts: Parts, form: str) -> AdapterError | None:
     return None
 
 
+def others(onto: str) -> list[str]:
+    """The forms that are not written."""
+    return [form for form in FORMS if form != onto]
+
+
 def _refuse_form(parts: Parts, form: str) -> None:
     error = why_not(parts, form)
     if error is not None:
@@ -173,8 +181,12 @@ def write_form(parts: Parts, folder: Path, form: str, dtype: torch.dtype, shard_
         _edit_config(folder, lambda config: config | {"tie_word_embeddings": False})
     if plan.vocabulary is not None:
         _edit_config(folder, lambda config: config | ({"vocab_size": plan.vocabulary} if "vocab_size" in config else {}))
+    if form != QUANTIZED:
+        _write_record(parts.found, folder, form, dtype)
     adapter = parts.found.folder
-    for name in (TEMPLATE_NAME, *(TOKENIZER_NAMES if plan.vocabulary is not None else ())):
+    # New tokens need no new rows where the base's vocabulary is padded.
+    adds_tokens = plan.vocabulary is not None or recorded_tokens(parts.found) is not None
+    for name in (TEMPLATE_NAME, *(TOKENIZER_NAMES if adds_tokens else ())):
         if (adapter / name).is_file():
             shutil.copyfile(inside(adapter, name), folder / name)
     try:
@@ -191,6 +203,16 @@ def write_form(parts: Parts, folder: Path, form: str, dtype: torch.dtype, shard_
             found=" and ".join(still[0]),
             next_step="keep the adapter beside the base",
         )
+
+
+def _write_record(found: AdapterFile, folder: Path, form: str, dtype: torch.dtype) -> None:
+    """Write `qlora_merged.json`; see `quant.source.Merged`."""
+    digest = hashlib.sha256()
+    with (found.folder / WEIGHTS_NAME).open("rb") as file:
+        while piece := file.read(1 << 20):
+            digest.update(piece)
+    record = {"onto": form, "dtype": str(dtype).removeprefix("torch."), "adapter": digest.hexdigest()}
+    (folder / MERGED_NAME).write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
 
 
 def _edit_config(folder: Path, change: Callable[[dict[str, Any]], dict[str, Any]]) -> None:
@@ -217,11 +239,15 @@ def _check_disk(folder: Path, tensors: list[Planned], out: Path) -> None:
 
 
 def _measure(parts: Parts, folder: Path, forms: list[str], dtype: torch.dtype, text: merge_report.Text, out: Path) -> None:
-    """Compare base and adapter with the form that was written, the first, and with others made for this alone."""
+    """Compare base and adapter with the form that was written, the first, and with others made for this alone.
+
+    Of these, one that cannot be made of the base is left out, and the report says why.
+    """
+    left_out = {form: error.message for form in forms[1:] if (error := why_not(parts, form)) is not None}
     reference = merge_report.run_unmerged(parts.source, parts.quantization, parts.dtype, parts.found.folder, text)
     found = {forms[0]: merge_report.compare(reference, folder, dtype, text)}
-    for form in forms[1:]:
+    for form in (form for form in forms[1:] if form not in left_out):
         with TemporaryDirectory(prefix=f".{out.name}.", dir=folder.parent) as other:
             write_form(parts, Path(other), form, dtype, SHARD_BYTES, out)
             found[form] = merge_report.compare(reference, Path(other), dtype, text)
-    merge_report.write(folder, text, found, parts.dtype)
+    merge_report.write(folder, text, found, parts.dtype, left_out)

@@ -175,6 +175,12 @@ class _Planner:
                 "so it cannot be merged into",
                 place=key,
             )
+        if change is not None and filling.joined is not None and change.replaced is None and change.num_experts is None:
+            raise AdapterError(
+                "the layer's weight is several tensors of the base's files, of which only experts can be merged into",
+                place=key,
+                next_step="keep the adapter beside the base",
+            )
         entries = filling.entries if filling.converter is not None else filling.entries[-1:]
         offset = 0
         for entry in entries if filling.joined is None else filling.joined.parts:

@@ -162,14 +162,21 @@ def compare(reference: list[Tensor], folder: Path, dtype: torch.dtype, text: Tex
     )
 
 
-def write(folder: Path, text: Text, found: dict[str, Difference], dtype: torch.dtype) -> None:
-    """Write what was found, by form, the one that the folder holds first. Raises OSError."""
+def write(
+    folder: Path, text: Text, found: dict[str, Difference], dtype: torch.dtype, left_out: dict[str, str] | None = None
+) -> None:
+    """Write what was found, by form, the one that the folder holds first. Raises OSError.
+
+    Args:
+        left_out: forms that cannot be made, and why.
+    """
     content = {
         "text": text.name,
         "num_tokens": text.num_tokens,
         "unmerged_dtype": str(dtype).removeprefix("torch."),
         "written": next(iter(found)),
         "forms": {form: asdict(difference) for form, difference in found.items()},
+        "left_out": left_out or {},
     }
     write_file(folder / REPORT_NAME, (json.dumps(content, indent=2) + "\n").encode())
 

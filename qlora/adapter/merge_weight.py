@@ -156,21 +156,25 @@ def plus_vector(rows: Rows, vector: Tensor, scaling: float) -> Rows:
 
 
 def with_magnitude(rows: Rows, magnitude: Tensor, *, of_columns: bool = False) -> Rows:
-    """m V / |V|: each row is given the length that m says, or each column, for which all rows are read once more."""
-    m = magnitude.flatten().float()
+    """m V / |V|: each row is given the length that m says, or each column, for which all rows are read once more.
+
+    One of zeros has no direction and stays what it is, as in `ops.lora_linear.row_norms`.
+    """
+    m, smallest = magnitude.flatten().float(), torch.finfo(torch.float32).tiny
     if not of_columns:
 
         def read(start: int, stop: int) -> Tensor:
             own = rows.read(start, stop)
-            lengths = torch.linalg.vector_norm(own.flatten(1), dim=1)
-            return own.mul_((m[start:stop] / lengths).reshape(-1, *[1] * (own.ndim - 1)))
+            lengths = torch.linalg.vector_norm(own.flatten(1), dim=1).clamp_(min=smallest)
+            each = (-1, *[1] * (own.ndim - 1))
+            return own.div_(lengths.reshape(each)).mul_(m[start:stop].reshape(each))
 
         return Rows(rows.shape, read)
     squares = torch.zeros(rows.shape[1], dtype=torch.float64)
     for start, stop in rows.runs():
         squares += rows.read(start, stop).double().square_().sum(0)
-    factor = m / squares.sqrt().float()
-    return Rows(rows.shape, lambda start, stop: rows.read(start, stop).mul_(factor))
+    lengths = squares.sqrt().float().clamp_(min=smallest)
+    return Rows(rows.shape, lambda start, stop: rows.read(start, stop).div_(lengths).mul_(m))
 
 
 def with_rows(rows: Rows, numbers: Tensor, values: Tensor) -> Rows:

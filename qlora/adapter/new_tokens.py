@@ -3,16 +3,37 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from torch import nn
+
+from qlora.adapter.folder import inside
 from qlora.adapter.read import WEIGHTS_NAME, AdapterFile, open_adapter
 from qlora.data.new_tokens import add_new_tokens, tokenizer_files
+from qlora.distributed.collectives import whole_shape
 from qlora.errors import AdapterError
+from qlora.lora.expert_paths import module_at
 
 # The key in the record beside the tensors.
 RECORD = "new_tokens"
+# On a model: what `load_base` added, or None; and by name what the adapters that were loaded record.
+ADDED, KEPT = "qlora_new_tokens", "qlora_recorded_tokens"
+# What transformers calls the files of a tokenizer.
+TOKENIZER_FILES = (
+    "added_tokens.json",
+    "chat_template.jinja",
+    "merges.txt",
+    "sentencepiece.bpe.model",
+    "special_tokens_map.json",
+    "spiece.model",
+    "tokenizer.json",
+    "tokenizer.model",
+    "tokenizer_config.json",
+    "vocab.json",
+    "vocab.txt",
+)
 
 
 @dataclass(frozen=True)
@@ -56,6 +77,89 @@ def tokens_to_add(adapter: str | Path | None, asked: Sequence[str]) -> NewTokens
     if adapter is None:
         return asked
     return recorded_tokens(open_adapter(adapter)) or asked
+
+
+def files_beside(found: AdapterFile) -> dict[str, bytes]:
+    """The tokenizer that lies beside an adapter with new tokens, by file name. Raises AdapterError for a link outside."""
+    if RECORD not in found.described:
+        return {}
+    names = [name for name in TOKENIZER_FILES if (found.folder / name).exists()]
+    return {name: inside(found.folder, name).read_bytes() for name in names}
+
+
+def check_tokens(model: nn.Module, found: AdapterFile) -> None:
+    """Raise AdapterError where an adapter was trained with other new tokens than the model has. Rank-local.
+
+    What a model has that `load_base` did not load is not known; it needs rows enough.
+    """
+    theirs, ours = recorded_tokens(found), model.__dict__.get(ADDED)
+    place, step = str(found.folder / WEIGHTS_NAME), _both_calls(str(found.folder))
+    if theirs is None:
+        at_the_same = {i for ids in found.token_rows.values() for i in ids} & set(ours.ids if ours is not None else ())
+        if at_the_same and found.described.get("base"):
+            raise AdapterError(
+                "the adapter has rows of its own for ids that are new tokens in this model, and records no new tokens",
+                place=place,
+                found=sorted(at_the_same)[:5],
+                next_step=step,
+            )
+    elif ADDED in model.__dict__ and (ours is None or (ours.tokens, ours.ids) != (theirs.tokens, theirs.ids)):
+        raise AdapterError(
+            "the adapter was trained with other new tokens than this model has",
+            place=place,
+            found=_listed(theirs),
+            wanted=_listed(ours),
+            next_step=step,
+        )
+    elif ADDED not in model.__dict__ and (num_rows := _num_rows(model)) is not None and num_rows < theirs.num_rows:
+        raise AdapterError(
+            "the model has no rows for the adapter's new tokens",
+            place=place,
+            found=f"{num_rows} rows",
+            wanted=f"{theirs.num_rows} or more, for {_listed(theirs)}",
+            next_step=step,
+        )
+
+
+def tokens_kept(model: nn.Module, found: AdapterFile) -> NewTokens | None:
+    """What a loaded adapter is to be saved with again: its own record. Raises AdapterError.
+
+    A file that says nothing of new tokens stays so, unless it holds something of the embedding or the head.
+    """
+    theirs = recorded_tokens(found)
+    ours: NewTokens | None = model.__dict__.get(ADDED)
+    if theirs is not None:
+        return ours or replace(theirs, files=files_beside(found))
+    sides = {id(side) for side in _sides(model)}
+    return ours if any(id(module_at(model, key.path)) in sides for key in found.entries) else None
+
+
+def tokens_of(model: nn.Module, name: str) -> NewTokens | None:
+    """What an adapter of a model is saved with: its own record, else what was added to the base."""
+    found: NewTokens | None = model.__dict__.get(KEPT, {}).get(name, model.__dict__.get(ADDED))
+    return found
+
+
+def _both_calls(folder: str) -> str:
+    return f"call load_base(BASE, adapter={folder!r}) and then load_adapter(model, {folder!r})"
+
+
+def _listed(new: NewTokens | None) -> str:
+    if new is None:
+        return "none"
+    pairs = [f"{token!r} is {token_id}" for token, token_id in zip(new.tokens, new.ids, strict=True)]
+    return ", ".join(pairs[:5]) + (f" and {len(pairs) - 5} more" if len(pairs) > 5 else "")
+
+
+def _sides(model: Any) -> list[nn.Module]:
+    """The input embedding and the head, as far as the model names them."""
+    gets = (getattr(model, f"get_{side}_embeddings", None) for side in ("input", "output"))
+    return [module for get in gets if callable(get) and (module := get()) is not None]
+
+
+def _num_rows(model: nn.Module) -> int | None:
+    weight = next((getattr(module, "weight", None) for module in _sides(model)), None)
+    return None if weight is None else whole_shape(weight)[0]
 
 
 def add_tokens(tokenizer: Any, wanted: NewTokens | Sequence[str]) -> NewTokens | None:

@@ -181,7 +181,8 @@ def check_initial(recorded: RecordedInitial | None, initial: InitialFactors | No
         f"the adapter started from the base's weights ({theirs.method}) and fits what was left of them, not this base",
         place=place,
         found="the base as its files hold it" if ours is None else "the residual of another adapter",
-        next_step=f"load the base with load_base(BASE, adapter={str(folder)!r}), or make a plain adapter of it: "
+        next_step=f"call load_base(BASE, adapter={str(folder)!r}) and then load_adapter(model, {str(folder)!r}), "
+        "or make a plain adapter of it: "
         f"qlora export {folder} OUT --for peft",
     )
 
@@ -231,7 +232,12 @@ def _fields(found: AdapterFile, ranks: dict[str, int], alphas: dict[str, float])
         "r": most_r,
         "lora_alpha": int(most_alpha) if float(most_alpha).is_integer() else most_alpha,
         "use_rslora": config.use_rslora,
-        "rank_pattern": {path.replace(".", r"\."): r for path, r in ranks.items() if r != most_r},
-        "alpha_pattern": {path.replace(".", r"\."): alpha for path, alpha in alphas.items() if alpha != most_alpha},
+        "rank_pattern": {_whole(path): r for path, r in ranks.items() if r != most_r},
+        "alpha_pattern": {_whole(path): alpha for path, alpha in alphas.items() if alpha != most_alpha},
         "init_lora_weights": True,
     }
+
+
+def _whole(path: str) -> str:
+    """A pattern of this path alone: without ^, one that is the end of another would match that too (PEFT's rule)."""
+    return "^" + path.replace(".", r"\.")

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from qlora.adapter import config_file
 from qlora.adapter.expert_keys import paths_in_file, target_parameters
 from qlora.adapter.keys import AdapterKey
-from qlora.adapter.new_tokens import RECORD, NewTokens
+from qlora.adapter.new_tokens import RECORD, tokens_of
 from qlora.adapter.read import METADATA_KEY, TEMPLATE_NAME, WEIGHTS_NAME
 from qlora.adapter.residual import INITIAL_NAME, describe_initial, render_initial
 from qlora.adapter.tensor_file import weights_file
@@ -88,8 +88,8 @@ def render_files(model: nn.Module, state: dict[str, Tensor], name: str = "defaul
     """The content of an adapter's files by file name. Raises AdapterError where a tensor is empty or not finite.
 
     A model whose update started from the base's weights takes the record of that along (`qlora.adapter.residual`), and one
-    that was trained with a chat template other than its tokenizer's (`qlora_chat_template`) that template. New tokens are
-    recorded, and their tokenizer's files taken along (`qlora_new_tokens`).
+    that was trained with a chat template other than its tokenizer's (`qlora_chat_template`) that template. New tokens of
+    the base or the adapter are recorded, also where their rows are not trained, and their tokenizer's files taken along.
     """
     for key, value in state.items():
         if value.numel() == 0:
@@ -105,8 +105,8 @@ def render_files(model: nn.Module, state: dict[str, Tensor], name: str = "defaul
     if initial is not None and (changes_base or record.config.init_lora_weights == initial.method):
         files[INITIAL_NAME] = render_initial(initial)
         described["initial"] = describe_initial(initial, files[INITIAL_NAME])
-    new: NewTokens | None = model.__dict__.get("qlora_new_tokens")
-    if new is not None and any(set(new.ids) <= set(ids) for ids in record.token_rows.values()):
+    new = tokens_of(model, name)
+    if new is not None:
         described[RECORD] = new.describe()
         files |= new.files
     fused = [path for path in record.targeted if isinstance(model.get_submodule(path), LoraExpertWeight)]

@@ -68,7 +68,7 @@ def describe(folder: AdapterFolder) -> dict[str, Any]:
         "layers_to_transform": config.get("layers_to_transform"),
         "exclude_modules": config.get("exclude_modules"),
         "target_parameters": config.get("target_parameters"),
-        "ranks": folder.sorted.ranks(config),
+        "ranks": folder.sorted.ranks(),
         "num_lora_modules": len(folder.sorted.updates),
         "lora_modules_by_kind": dict(Counter(folder.sorted.kinds.values())),
         "token_rows": folder.sorted.token_rows,
@@ -87,7 +87,9 @@ def describe(folder: AdapterFolder) -> dict[str, Any]:
 
 def _rows(facts: dict[str, Any]) -> list[tuple[str, str]]:
     base = str(facts["base_model_name_or_path"])
-    ranks = ", ".join(f"{count} layers of r {r}" for r, count in facts["ranks"].items())
+    ranks = ", ".join(
+        f"{count} layers of {'unknown r' if r == 'unknown' else f'r {r}'}" for r, count in facts["ranks"].items()
+    )
     kinds = ", ".join(f"{count} {kind}" for kind, count in facts["lora_modules_by_kind"].items())
     dtypes = ", ".join(f"{count} {dtype}" for dtype, count in facts["dtypes"].items())
     verified = facts["num_verified_files"]

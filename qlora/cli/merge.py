@@ -67,7 +67,12 @@ def merge(
         ),
     ] = None,
     measure: Annotated[
-        bool, typer.Option("--measure", help="Compare every form that can be made, not only the one that is written.")
+        bool,
+        typer.Option(
+            "--measure",
+            help=f"Compare every form that can be made, not only the one that is written; on `{BUILTIN_TEXT}` where "
+            "there is no --report.",
+        ),
     ] = False,
     debug: DebugOption = False,
 ) -> None:
@@ -123,4 +128,6 @@ def print_report(report: dict[str, Any]) -> None:
             f"{form:<12}  {own['dtype']:<8}  {own['mean_kl']:>9.3g}  {own['largest_logit_difference']:>8.3g}  "
             f"{own['same_token']:>10.1%}  {own['loss']:>7.4f}  {own['loss_unmerged']:>8.4f}"
         )
-    typer.echo("mean KL and loss in nats a token; logits: the largest difference")
+    typer.echo("mean KL and loss in nats a token, over all tokens; logits: the largest difference")
+    for form, reason in report["left_out"].items():
+        typer.echo(f"{form} is left out: {reason}")

@@ -21,7 +21,7 @@ from qlora.distributed.runtime import Runtime
 from qlora.errors import AdapterError
 from qlora.infer.opening import find_adapter, put_in
 from qlora.lora.kinds import WRAPPERS
-from qlora.quant.source import resolve_base
+from qlora.quant.source import read_merged, resolve_base
 
 Conversation = list[dict[str, str]]
 
@@ -65,6 +65,8 @@ def run_generate(
 def open_for_inference(runtime: Runtime, adapter: Path | None, base: str | None) -> tuple[Any, Any]:
     """The base an adapter was trained on, quantized as it was then, with the adapter in it, and the tokenizer. Collective.
 
+    Without an adapter a merged model is opened as it was written, and every other base by default.
+
     Args:
         base: used in place of the recorded one; needed for an adapter that records none.
 
@@ -75,6 +77,9 @@ def open_for_inference(runtime: Runtime, adapter: Path | None, base: str | None)
     wanted = _wanted_base(found, base)
     source = runtime.together(lambda: resolve_base(wanted.base, wanted.revision))
     runtime.refuse_differences({"base": str(source.fingerprint)})
+    merged = runtime.together(lambda: read_merged(source.folder)) if found is None else None
+    if merged is not None:
+        wanted = wanted.model_copy(update={"dtype": merged.dtype, "quantization": None})
     model, tokenizer = load_base(
         wanted.base,
         revision=wanted.revision,

@@ -16,9 +16,12 @@ from typing import Any
 
 from qlora.files import sync_folder
 from qlora.model_files import INDEX_NAME
-from qlora.quant.source import ORIGIN_NAME, BaseSource
+from qlora.quant.source import MERGED_NAME, ORIGIN_NAME, BaseSource
 
-NOT_COPIED = ("*.safetensors", "*.bin", INDEX_NAME, "config.json", ORIGIN_NAME, "merge_report.json", "*.pt", "*.gguf")
+NOT_COPIED = (
+    *("*.safetensors", "*.bin", "*.pt", "*.gguf", INDEX_NAME, "config.json"),
+    *(ORIGIN_NAME, MERGED_NAME, "merge_report.json"),
+)
 
 
 @contextmanager

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, ValidationError
 
@@ -25,6 +25,7 @@ BUILTIN = "builtin:tiny"
 NOT_NEEDED = ["consolidated*", "original/*"]
 FILES_NEEDED = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]
 ORIGIN_NAME = "qlora_base.json"
+MERGED_NAME = "qlora_merged.json"
 
 Fingerprint = Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
 
@@ -46,6 +47,19 @@ class Origin(Section):
     quantization: QuantizationConfig
     prepared: Fingerprint
     qlora: str
+
+
+class Merged(Section):
+    """What `qlora merge` leaves beside weights that are not quantized: the content of `qlora_merged.json`.
+
+    Attributes:
+        onto: the form, one of `merge_plan.FORMS`.
+        adapter: SHA-256 of the merged adapter's tensor file.
+    """
+
+    onto: Literal["dequantized", "original"]
+    dtype: Literal["bfloat16", "float16", "float32", "float64"]
+    adapter: Fingerprint | None = None
 
 
 @dataclass(frozen=True)
@@ -142,6 +156,23 @@ def _read_origin(folder: Path, fingerprint: str) -> Origin | None:
             next_step=next_step,
         )
     return origin
+
+
+def read_merged(folder: Path) -> Merged | None:
+    """The record that `qlora merge` leaves, or None where there is none. Rank-local. Raises BaseModelError."""
+    path = folder / MERGED_NAME
+    if not path.is_file():
+        return None
+    try:
+        return Merged.model_validate_json(path.read_bytes())
+    except (OSError, ValidationError) as error:
+        fault = error.errors(include_url=False)[0] if isinstance(error, ValidationError) else None
+        raise BaseModelError(
+            "damaged record of how the model was merged",
+            place=str(path),
+            found=f"{'.'.join(map(str, fault['loc']))}: {fault['msg']}".removeprefix(": ") if fault else str(error),
+            next_step=f"merge again, or delete {MERGED_NAME}: the model is then taken for any other base",
+        ) from error
 
 
 def _fetch(base: str, revision: str | None, allow_pickle: bool) -> tuple[Path, str | None]:

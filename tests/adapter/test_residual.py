@@ -30,6 +30,7 @@ from qlora.lora.layer import lora_layers
 from qlora.lora.starts import needs_weights
 from qlora.quant.load import load_model
 from qlora.quant.source import resolve_base
+from qlora.train.model_card import model_card
 
 MakeBase = Callable[..., Path]
 NF4 = QuantizationConfig()
@@ -118,6 +119,28 @@ def test_peft_opens_the_adapter_as_its_config_says(make_base: MakeBase, tmp_path
 @pytest.mark.parametrize(
     ("config", "quantization"),
     [
+        (LoraConfig(r=4, init_lora_weights="pissa_niter_16"), None),
+        (LoraConfig(r=4, init_lora_weights="loftq", loftq_iterations=2), NF4),
+    ],
+)
+def test_peft_refuses_what_it_would_find_otherwise(
+    make_base: MakeBase, tmp_path: Path, config: LoraConfig, quantization: QuantizationConfig | None
+) -> None:
+    base = make_base("llama", dtype="float32")
+    model = trained(base, tmp_path, config, quantization)
+    written = json.loads((tmp_path / "adapter_config.json").read_text())["init_lora_weights"]
+    assert written == f"qlora:{config.init_lora_weights}"
+    with pytest.raises(ValueError, match="Unknown initialization"):
+        in_peft(base, tmp_path)
+    assert torch.equal(logits(opened(base, tmp_path, quantization, "float32")), logits(model))
+    (tmp_path / "plain").mkdir()
+    write_plain(open_adapter(tmp_path), tmp_path / "plain")
+    assert json.loads((tmp_path / "plain" / "adapter_config.json").read_text())["init_lora_weights"] is True
+
+
+@pytest.mark.parametrize(
+    ("config", "quantization"),
+    [
         (STARTS["pissa"], None),
         (STARTS["fast pissa, rslora"], NF4),
         (LoraConfig(r=4, init_lora_weights="olora"), QuantizationConfig(bits=8)),
@@ -144,7 +167,8 @@ def test_what_is_opened_is_what_was_saved(
     before = plain.state_dict()
     with pytest.raises(AdapterError, match="not this base") as raised:
         load_adapter(plain, tmp_path / "adapter")
-    assert "adapter=" in str(raised.value.next_step)
+    calls = f"load_base(BASE, adapter={str(tmp_path / 'adapter')!r}) and then load_adapter(model, "
+    assert calls in str(raised.value.next_step)
     assert "qlora export" in str(raised.value.next_step)
     assert list(plain.state_dict()) == list(before)
     trained(base, tmp_path / "other", LoraConfig(r=4), quantization, "bfloat16")
@@ -263,6 +287,30 @@ def test_merging_takes_out_what_was_taken_out(
         delta = layer.delta("default") - own.scaling * (B @ A)  # type: ignore[operator]
         wanted = plain[f"{path}.weight"] + (delta.T if architecture == "gpt2" else delta)
         torch.testing.assert_close(weights[f"{path}.weight"], wanted, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("lora", "folder"),
+    [
+        ({}, "THIS_FOLDER"),
+        ({"init_lora_weights": "loftq"}, "THIS_FOLDER"),
+        ({"init_lora_weights": "loftq", "loftq_iterations": 2}, "OUT"),
+        ({"init_lora_weights": "pissa_niter_4"}, "OUT"),
+        ({"new_tokens": ["<a>"]}, "THIS_FOLDER"),
+    ],
+)
+def test_the_card_opens_what_peft_can_open(lora: dict[str, Any], folder: str) -> None:
+    from types import SimpleNamespace
+
+    job: Any = SimpleNamespace(lora=LoraConfig(**lora), model=SimpleNamespace(quantization=None))
+    identity: Any = SimpleNamespace(base={"name": "b"}, versions={})
+    report: Any = SimpleNamespace(num_trainable=1, num_total=2, percent=50.0)
+    text = model_card(job, identity, report, 3)
+    code = text.split("```python\n")[1].split("```")[0]
+    compile(code, "card", "exec")
+    assert f'PeftModel.from_pretrained(model, "{folder}")' in code
+    assert ("THIS_FOLDER OUT --for peft" in text) == (folder == "OUT")
+    assert ("resize_token_embeddings" in code) == ("new_tokens" in lora)
 
 
 def test_a_factor_of_another_dtype_in_the_record_is_damage(make_base: MakeBase, tmp_path: Path) -> None:

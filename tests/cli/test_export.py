@@ -76,6 +76,18 @@ def test_what_a_server_does_not_apply(make: Callable[..., Path], tmp_path: Path,
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize("reader", ["vllm", "peft"])
+@pytest.mark.parametrize("text", ["builtin", "not/there.jsonl"])
+def test_a_report_of_nothing(
+    make: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture[str], reader: str, text: str
+) -> None:
+    assert main(["export", str(make()), str(tmp_path / "out"), "--for", reader, "--report", text]) == 2
+    shown = capsys.readouterr().err
+    assert "--report" in shown
+    assert "nothing to measure" in shown
+    assert not (tmp_path / "out").exists()
+
+
 def test_an_adapter_that_started_from_the_bases_weights(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Oracle: the two models' logits on the embedded base; what remains where it is quantized is told and measured."""
     import qlora

@@ -135,6 +135,46 @@ def test_variants_that_real_peft_saved(
         assert part in shown, shown
 
 
+@pytest.mark.filterwarnings("ignore::UserWarning")
+@pytest.mark.parametrize("names", [["gate_up_proj", "down_proj"], ["down_proj", "gate_up_proj"], ["down_proj"]])
+@pytest.mark.parametrize("owner", ["mlp.experts.", ""])
+@pytest.mark.parametrize("pattern", [{"gate_up_proj": 8}, {r"layers\.0\.mlp\.experts\.down_proj": 2, "gate_up_proj": 3}])
+def test_ranks_of_experts_by_pattern(
+    tmp_path: Path, make_model: Callable[..., Any], names: list[str], owner: str, pattern: dict[str, int]
+) -> None:
+    """Oracle: PEFT's layers, as they are in memory."""
+    peft = pytest.importorskip("peft")
+    from peft.tuners.lora import LoraLayer
+
+    entries = [f"{owner}{name}" for name in names]
+    config = peft.LoraConfig(r=4, target_modules=["q_proj"], target_parameters=entries, rank_pattern=pattern)
+    model = peft.get_peft_model(make_model("mixtral"), config)
+    model.save_pretrained(str(tmp_path))
+    layers = [module for module in model.modules() if isinstance(module, LoraLayer)]
+    facts = describe(read_adapter_folder(tmp_path))
+    assert facts["ranks"] == dict(sorted(Counter(layer.r["default"] for layer in layers).items()))
+    assert facts["lora_modules_by_kind"]["experts"] == sum(type(layer).__name__ == "ParamWrapper" for layer in layers)
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")
+def test_ranks_of_experts_that_cannot_be_told(
+    tmp_path: Path, make_model: Callable[..., Any], capsys: pytest.CaptureFixture[str]
+) -> None:
+    peft = pytest.importorskip("peft")
+    entries = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
+    config = peft.LoraConfig(r=4, target_modules=["q_proj"], target_parameters=entries, rank_pattern={"gate_up_proj": 8})
+    peft.get_peft_model(make_model("mixtral"), config).save_pretrained(str(tmp_path))
+    file = tmp_path / "adapter_config.json"
+    written = json.loads(file.read_text())
+    file.write_text(json.dumps(written | {"target_parameters": [*entries, "mlp.experts.third"]}))
+    facts = describe(read_adapter_folder(tmp_path))
+    assert facts["ranks"] == {4: 2, "unknown": 4}
+    assert main(["inspect", str(tmp_path)]) == 0
+    assert "4 layers of unknown r" in capsys.readouterr().out
+    file.write_text(json.dumps(written | {"rank_pattern": {"gate_up_proj": 7}}))
+    assert "of its experts has" in message_of(tmp_path)
+
+
 def test_the_record_of_a_start_belongs_to_its_adapter(
     write: Callable[..., Path], capsys: pytest.CaptureFixture[str]
 ) -> None:
