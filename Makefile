@@ -6,11 +6,12 @@ BIN := $(VENV)/bin
 LAUNCH := $(BIN)/accelerate launch
 
 .DEFAULT_GOAL := help
-.PHONY: help venv quickstart test lint format bench clean
+.PHONY: help venv quickstart test test-slurm lint format bench clean
 
 help:
 	@echo "make quickstart   train and show a small adapter, two processes"
 	@echo "make test         all tests"
+	@echo "make test-slurm   the tests that start a SLURM of their own"
 	@echo "make lint         ruff and mypy"
 	@echo "make bench        benchmarks against TRL + PEFT (installs them)"
 
@@ -31,6 +32,11 @@ quickstart: venv
 
 test: venv
 	$(BIN)/python -m pytest
+
+# A controller and two nodes on this machine. Needs root and, on Debian, apt-get install slurm-wlm munge iproute2; says
+# what is missing otherwise.
+test-slurm: venv
+	QLORA_TEST_SLURM=1 $(BIN)/python -m pytest tests/slurm
 
 lint: venv
 	$(BIN)/ruff check .

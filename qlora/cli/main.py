@@ -13,7 +13,7 @@ from typing import Annotated
 import typer
 from typer.main import get_command
 
-from qlora.cli import evaluate, export, failures, generate, inspect, merge, plan, prepare, schema, status, train
+from qlora.cli import evaluate, export, failures, generate, inspect, merge, plan, prepare, schema, slurm, status, stop, train
 from qlora.errors import EXIT_BUG, EXIT_DONE, EXIT_USER_ERROR, QloraError
 from qlora.version import __version__
 
@@ -35,7 +35,9 @@ app.command("eval")(evaluate.evaluate)
 app.command("merge")(merge.merge)
 app.command("export")(export.export)
 app.command("inspect")(inspect.inspect)
+app.command("slurm")(slurm.slurm)
 app.command("status")(status.status)
+app.command("stop")(stop.stop)
 app.command("schema")(schema.schema)
 
 

@@ -1,0 +1,20 @@
+"""The tests on a real SLURM run when they are asked for: `make test-slurm`."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+
+ASKED = os.environ.get("QLORA_TEST_SLURM") == "1"
+ON_A_CLUSTER = "test_cluster.py"
+
+
+def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
+    return True if collection_path.name == ON_A_CLUSTER and not ASKED else None
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    if not ASKED:
+        terminalreporter.write_line(f"not run: tests/slurm/{ON_A_CLUSTER}, which starts a SLURM of its own: make test-slurm")
