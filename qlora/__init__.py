@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from qlora.adapter.hotswap import hotswap_adapter
     from qlora.config.schema import JobConfig, LoraConfig, QuantizationConfig
     from qlora.errors import QloraError
+    from qlora.lora.from_inputs import start_from_inputs
     from qlora.lora.inject import inject_lora
     from qlora.lora.layer import LoraLayer, disable_adapter, merge_adapter, unmerge_adapter
     from qlora.lora.linear import LoraLinear
@@ -31,6 +32,7 @@ _HOMES = {
     "LoraConfig": "qlora.config.schema",
     "QuantizationConfig": "qlora.config.schema",
     "QloraError": "qlora.errors",
+    "start_from_inputs": "qlora.lora.from_inputs",
     "inject_lora": "qlora.lora.inject",
     "LoraLayer": "qlora.lora.layer",
     "LoraLinear": "qlora.lora.linear",
@@ -61,6 +63,7 @@ __all__ = [
     "mix_adapters",
     "save_adapter",
     "set_adapter",
+    "start_from_inputs",
     "unmerge_adapter",
 ]
 

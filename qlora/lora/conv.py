@@ -33,6 +33,11 @@ class LoraConv(LoraLayer):
     _merged_weight: Tensor | None
     _merged_bias: Tensor | None
 
+    @property
+    def num_factors(self) -> int:
+        groups: int = self.base_layer.groups
+        return groups
+
     def __init__(self, base_layer: nn.Module) -> None:
         super().__init__(base_layer)
         self.register_buffer("_merged_weight", None, persistent=False)
@@ -112,8 +117,8 @@ class LoraConv(LoraLayer):
         wide = torch.promote_types(weight.dtype, torch.float32)
         merged = ungrouped(weight.to(wide), self.base_layer.groups) + self.delta(name, wide)
         if name in self.lora_magnitude_vector:
-            norms = torch.linalg.vector_norm(merged.flatten(1), dim=1)
-            factors = self.lora_magnitude_vector[name].detach().to(wide).flatten() / norms
+            norms = channel_norms(weight, self.lora_A[name], self.lora_B[name], self.updates[name].scaling)
+            factors = self.lora_magnitude_vector[name].detach().to(wide) / norms
             merged *= factors.reshape(-1, *[1] * (merged.ndim - 1))
         self._merged_weight = merged.to(weight.dtype)
         if name in self.lora_bias:

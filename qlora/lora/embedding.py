@@ -109,7 +109,8 @@ class LoraEmbedding(LoraLayer):
         wide = torch.promote_types(weight.dtype, torch.float32)
         merged = weight.to(wide) + self.delta(name, wide)
         if name in self.lora_magnitude_vector:
-            norms = torch.linalg.vector_norm(merged, dim=0)
+            A, B = self.lora_embedding_A[name], self.lora_embedding_B[name]
+            norms = column_norms(weight, A, B, self.updates[name].scaling)
             merged *= self.lora_magnitude_vector[name].detach().to(wide) / norms
         self._merged_weight = merged.to(weight.dtype)
         self.merged_adapter = name

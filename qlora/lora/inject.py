@@ -7,7 +7,8 @@ asked for, other modules as wholes (`lora.whole`) or rows of the embeddings (`lo
 from __future__ import annotations
 
 import math
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -18,9 +19,9 @@ from qlora.config.schema import LoraConfig
 from qlora.distributed.collectives import whole_shape
 from qlora.errors import AdapterError, ConfigError
 from qlora.lora.expert_paths import module_at, why_untargeted, with_parameters, wrap_weight
-from qlora.lora.experts import ExpertWeight
-from qlora.lora.kinds import WRAPPERS, kind_of
-from qlora.lora.layer import LoraLayer, lora_layers, refuse_merged
+from qlora.lora.experts import ExpertWeight, LoraExpertWeight
+from qlora.lora.kinds import KINDS, WRAPPERS, kind_of
+from qlora.lora.layer import LoraLayer, lora_layers, refuse_by_row, refuse_merged
 from qlora.lora.linear import LoraLinear
 from qlora.lora.report import LoraReport, count_parameters, matched_patterns
 from qlora.lora.starts import initial_factors, prepared_starts
@@ -88,6 +89,7 @@ def inject_lora(model: nn.Module, config: LoraConfig, name: str = "default", *, 
         prepared.errors if prepared is not None else {},
         matched_patterns(config, selection.targeted),
         rows,
+        config.init_lora_weights == "eva" and bool(selection.targeted),
     )
 
 
@@ -110,12 +112,13 @@ def check_can_add(model: nn.Module, name: str, trained: Collection[str]) -> None
     """Raise, before anything is changed, what adding an adapter would raise half way.
 
     Raises:
-        AdapterError: a name that is none, an adapter that is merged, or modules trained as wholes beside another adapter:
-            they have one value, so that the other one would silently compute something else.
+        AdapterError: a name that is none, an adapter that is merged or used by row, or modules trained as wholes beside
+            another adapter: they have one value, so that the other one would silently compute something else.
         BaseModelError: a bitsandbytes layer that is not quantized yet, or repacked.
     """
     if not name or "." in name or hasattr(nn.ParameterDict, name):
         raise AdapterError("an adapter cannot have this name", found=name, wanted="a word, for example default")
+    refuse_by_row(model)
     refuse_merged(model)
     others = {own: record for own, record in model.__dict__.get("qlora_adapters", {}).items() if own != name}
     sharing = [own for own, record in others.items() if trained or record.trained]
@@ -230,6 +233,42 @@ def wrap(model: nn.Module, path: str) -> LoraLayer:
     layer = kind(module).train(module.training)
     model.set_submodule(path, layer)
     return layer
+
+
+def unwrap_empty(model: nn.Module, keep: Collection[str] = ()) -> None:
+    """Put back what layers without any update wrapped, so that another kind can take their place.
+
+    Args:
+        keep: paths that are to carry a low-rank update again.
+    """
+    for path, layer in list(lora_layers(model)):
+        if layer.updates or not path or (path in keep and kind_of(layer) in KINDS):
+            continue
+        owner, _, own = path.rpartition(".")
+        if not isinstance(layer, LoraExpertWeight):
+            model.set_submodule(path, layer.base_layer)
+            continue
+        experts: Any = model.get_submodule(owner)
+        delattr(experts, own)
+        if not experts.weights:
+            model.set_submodule(owner, experts.base_layer)
+
+
+@contextmanager
+def without_layers_of(model: nn.Module, name: str) -> Iterator[None]:
+    """Inside, the layers that this adapter alone has are not there; for checks of what is to take its place."""
+    layers = [
+        (path, layer)
+        for path, layer in lora_layers(model)
+        if path and set(layer.updates) == {name} and not isinstance(layer, LoraExpertWeight)
+    ]
+    for path, layer in layers:
+        model.set_submodule(path, layer.base_layer)
+    try:
+        yield
+    finally:
+        for path, layer in layers:
+            model.set_submodule(path, layer)
 
 
 def activate(model: nn.Module, name: str, trained: tuple[str, ...] | list[str]) -> None:

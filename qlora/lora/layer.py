@@ -37,6 +37,7 @@ class LoraLayer(nn.Module, ABC):
         updates: rank, scaling and variant by adapter name.
         active_adapter: the one that is applied, or None.
         enabled: False inside `disable_adapter`.
+        by_row: True inside `adapters_by_row`.
         merged_adapter: the one that is merged, or None.
     """
 
@@ -61,6 +62,7 @@ class LoraLayer(nn.Module, ABC):
         self.updates: dict[str, Update] = {}
         self.active_adapter: str | None = None
         self.enabled = True
+        self.by_row = False
         self.merged_adapter: str | None = None
 
     @classmethod
@@ -187,6 +189,11 @@ class LoraLayer(nn.Module, ABC):
         """An update's part of the output, where `adds_to_base`; without dropout."""
         raise NotImplementedError
 
+    @property
+    def num_factors(self) -> int:
+        """How many pairs of factors share out an update's rank: a grouped convolution has one for each group."""
+        return 1
+
     def to_factors(self, name: str) -> tuple[Tensor, Tensor]:
         """An update's factors as matrices, fp32: A (1, r, inputs), B (1, outputs, r), so that its delta is s B A."""
         part_A, part_B = list(self.TABLES)[:2]
@@ -310,6 +317,7 @@ def merge_adapter(model: nn.Module) -> None:
     layers = [layer for _, layer in lora_layers(model) if layer.active_adapter is not None]
     if not layers:
         raise AdapterError("the model has no LoRA layers with an active adapter")
+    refuse_by_row(model)
     refuse_merged(model)
     for layer in layers:
         layer.merge()
@@ -320,6 +328,12 @@ def refuse_merged(model: nn.Module) -> None:
     merged = next((layer.merged_adapter for _, layer in lora_layers(model) if layer.merged_adapter is not None), None)
     if merged is not None:
         raise AdapterError(f"the adapter {merged!r} is merged already", next_step="unmerge it first")
+
+
+def refuse_by_row(model: nn.Module) -> None:
+    """Raise AdapterError inside `adapters_by_row`, for what would change which adapters there are, or which is used."""
+    if any(layer.by_row for _, layer in lora_layers(model)):
+        raise AdapterError("inside adapters_by_row every row has its adapter already", next_step="leave that context first")
 
 
 def unmerge_adapter(model: nn.Module) -> None:

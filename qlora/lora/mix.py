@@ -37,11 +37,13 @@ def mix_adapters(
     Args:
         weights: by adapter name; negative ones subtract.
         name: of the new adapter.
-        r: rank under `svd`; None is the largest of the mixed ones. Layers that have no room for it get their largest.
+        r: rank under `svd`; None is the largest of the mixed ones. Layers that have no room for it get their largest. The
+            groups of a convolution are summed each for itself, and share it out.
 
     Raises:
-        AdapterError: an adapter that is not there, a name that is taken, ranks that differ under `linear`, a variant whose
-            sum is no low-rank update (DoRA), or modules trained as wholes. Nothing is changed then.
+        AdapterError: an adapter that is not there, weights that are no numbers by name, a name that is taken, ranks that
+            differ under `linear`, a rank that a convolution's groups do not divide, a variant whose sum is no low-rank
+            update (DoRA), or modules trained as wholes. Nothing is changed then.
     """
     records: dict[str, AdapterRecord] = model.__dict__.get("qlora_adapters", {})
     _check(model, records, weights, name, method, r)
@@ -50,7 +52,9 @@ def mix_adapters(
         layers |= {path: _layer(model, path) for path in records[own].targeted}
     order = [path for path, module in model.named_modules() if isinstance(module, LoraLayer) and path in layers]
     made = {path: _mix_layer(layers[path], weights, method, r) for path in order}
-    config = _config_of(layers, {path: mixed.shape[1] for path, (mixed, *_) in made.items()}, records, weights)
+    ranks = {path: A.shape[1] * layers[path].num_factors for path, (A, *_) in made.items()}
+    config = _config_of(layers, ranks, records, weights)
+    _check_ranks(config, ranks)
     for path, (A, B, bias) in made.items():
         layer = layers[path]
         update = Update.of(config, path)
@@ -77,6 +81,10 @@ def _check(
     method: str,
     r: int | None,
 ) -> None:
+    if not isinstance(weights, Mapping):
+        raise AdapterError(
+            "weights are given by adapter name", found=repr(weights), wanted='for example {"a": 0.7, "b": 0.3}'
+        )
     if not weights:
         raise AdapterError("no adapter to mix was named", wanted="weights by adapter name")
     absent = [own for own in weights if own not in records]
@@ -86,6 +94,8 @@ def _check(
         raise AdapterError(f"the model has an adapter {name!r} already", next_step="choose another name, or delete it first")
     if method not in ("linear", "cat", "svd"):
         raise AdapterError("no such way of mixing", found=method, wanted="linear, cat or svd")
+    if any(isinstance(weight, bool) or not isinstance(weight, (int, float)) for weight in weights.values()):
+        raise AdapterError("a weight is not a number", found=dict(weights))
     if any(not math.isfinite(weight) for weight in weights.values()):
         raise AdapterError("a weight is not a finite number", found=dict(weights))
     if r is not None and (method != "svd" or r < 1):
@@ -101,6 +111,13 @@ def _check(
             if layer.updates[own].use_dora:
                 raise AdapterError(
                     f"the adapter {own!r} is DoRA: its magnitudes do not add up", place=path, next_step="merge it instead"
+                )
+            if r is not None and r % layer.num_factors:
+                raise AdapterError(
+                    "each group of a convolution has its own part of the rank, and the groups do not divide it",
+                    place=path,
+                    found=r,
+                    wanted=f"a multiple of {layer.num_factors}",
                 )
             ranks = {update.r for other, update in layer.updates.items() if other in weights}
             if method == "linear" and len(ranks) > 1:
@@ -128,7 +145,7 @@ def _mix_layer(
         return *_linear(terms), bias
     A, B = torch.cat([scale * A for scale, (A, _) in terms], dim=1), torch.cat([B for _, (_, B) in terms], dim=2)
     if method == "svd":
-        A, B = _cut(A, B, r or max(own_A.shape[1] for _, (own_A, _) in terms))
+        A, B = _cut(A, B, r // layer.num_factors if r else max(own_A.shape[1] for _, (own_A, _) in terms))
     return A, B, bias
 
 
@@ -159,7 +176,8 @@ def _config_of(
 ) -> LoraConfig:
     """The injection that the mixed adapter would be the result of: s = 1 everywhere, other ranks by path."""
     r = Counter(ranks.values()).most_common(1)[0][0]
-    others = {re.escape(path): rank for path, rank in ranks.items() if rank != r}
+    # A pattern may match the end of a path (PEFT's rule); one with ^ before it matches none but the whole.
+    others = {f"^{re.escape(path)}": rank for path, rank in ranks.items() if rank != r}
     configs = [records[own].config for own in weights]
     return LoraConfig(
         r=r,
@@ -170,3 +188,13 @@ def _config_of(
         lora_bias=any(config.lora_bias for config in configs),
         dtype="bfloat16" if all(config.dtype == "bfloat16" for config in configs) else "float32",
     )
+
+
+def _check_ranks(config: LoraConfig, ranks: Mapping[str, int]) -> None:
+    """Whether the config gives each layer the rank that was computed for it."""
+    for path, rank in ranks.items():
+        found = Update.of(config, path)
+        if (found.r, found.scaling) != (rank, 1.0):
+            raise AdapterError(
+                "the ranks of the mixed layers cannot be told by their paths", place=path, found=found.r, wanted=rank
+            )

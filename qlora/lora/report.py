@@ -28,6 +28,7 @@ class LoraReport:
         num_trainable, num_total: parameters.
         errors: path -> relative error of the quantized weight, plain and with the update that it starts with, where the
             start was found from the weights (see `quant.residual.InitialFactors`).
+        waits_for_inputs: A keeps its default start until `start_from_inputs` is given data (eva).
         patterns: an entry of rank_pattern or alpha_pattern in words -> number of the layers that it decides about.
     """
 
@@ -40,6 +41,7 @@ class LoraReport:
     errors: dict[str, tuple[float, float]] = field(default_factory=dict)
     patterns: dict[str, int] = field(default_factory=dict)
     token_rows: TokenIds = field(default_factory=dict)
+    waits_for_inputs: bool = False
 
     @property
     def percent(self) -> float:
@@ -58,6 +60,8 @@ class LoraReport:
         if self.errors:
             lines += [f"quantization error |W - (Q + s B A)| / |W| of {len(self.errors)} layers"]
             lines += [f"  {when}: {_spread(self.errors, index)}" for index, when in enumerate(("plain", "at the start"))]
+        if self.waits_for_inputs:
+            lines.append("eva: A waits for data, at its default start until start_from_inputs is called, which train does")
         lines.append(f"trainable {self.num_trainable:,} of {self.num_total:,} parameters ({self.percent:.4g}%)")
         return "\n".join(lines)
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from qlora.errors import AdapterError
 from qlora.lora.experts import LoraExpertWeight
 from qlora.lora.inject import AdapterRecord, activate
-from qlora.lora.layer import LoraLayer, lora_layers, refuse_merged
+from qlora.lora.layer import LoraLayer, lora_layers, refuse_by_row, refuse_merged
 from qlora.lora.starts import refuse_changed_base
 
 
@@ -23,11 +23,12 @@ def set_adapter(model: nn.Module, name: str | None) -> None:
     What is not active costs its memory and nothing else: a layer computes with the active update only.
 
     Raises:
-        AdapterError: there is no such adapter, or one is merged.
+        AdapterError: there is no such adapter, one is merged, or `adapters_by_row` is in force.
     """
     records: dict[str, AdapterRecord] = model.__dict__.get("qlora_adapters", {})
     if name is not None and name not in records:
         raise AdapterError(f"the model has no adapter {name!r}", found=sorted(records) or "none at all")
+    refuse_by_row(model)
     refuse_merged(model)
     if name is None:
         refuse_changed_base(model, "it computes nothing sensible alone")
@@ -45,15 +46,18 @@ def adapters_by_row(model: nn.Module, names: Sequence[str | None]) -> Iterator[n
     """Inside, row i of every batch is computed with the adapter names[i]; None is the base. For inference.
 
     A linear layer multiplies all rows with the frozen weight once and adds each adapter's part to its rows, so that the
-    price over one adapter is some small products a layer. Layers of other kinds compute each adapter's rows apart.
+    price over one adapter is some small products a layer. Layers of other kinds compute each adapter's rows apart. With
+    `disable_adapter`, inside or around, every row is the base's.
 
     Args:
         names: one for each row that a forward pass is given. Generation with several sequences a prompt has more rows.
 
     Raises:
-        AdapterError: an adapter that is not there, that is merged, or that trained modules as wholes; inside, a batch with
-            another number of rows, or in training mode with gradients.
+        AdapterError: names that are no list, an adapter that is not there, that is merged, or that trained modules as
+            wholes, or a second of these contexts; inside, a batch with another number of rows, or gradients.
     """
+    if isinstance(names, str) or not isinstance(names, Sequence):
+        raise AdapterError("adapters by row are a list", found=repr(names), wanted="one name, or None, for each row")
     records: dict[str, AdapterRecord] = model.__dict__.get("qlora_adapters", {})
     for name in names:
         if name is not None and name not in records:
@@ -61,6 +65,7 @@ def adapters_by_row(model: nn.Module, names: Sequence[str | None]) -> Iterator[n
     whole = next((own for own, record in records.items() if record.trained), None)
     if whole is not None:
         raise AdapterError(f"the adapter {whole!r} trained modules as wholes, which are the same for every row")
+    refuse_by_row(model)
     refuse_merged(model)
     if None in names:
         refuse_changed_base(model, "it computes nothing sensible alone")
@@ -75,11 +80,13 @@ def adapters_by_row(model: nn.Module, names: Sequence[str | None]) -> Iterator[n
     for layer in layers:
         # On the instance: whatever calls the layer finds it, and the class stays as it is.
         layer.forward = partial(_forward, layer, rows, len(names))
+        layer.by_row = True
     try:
         yield model
     finally:
         for layer, active in zip(layers, before, strict=True):
             del layer.__dict__["forward"]
+            layer.by_row = False
             layer.active_adapter = active
 
 
@@ -92,6 +99,8 @@ def _forward(layer: Any, rows: dict[str | None, Tensor], num_rows: int, x: Tenso
             "the batch has another number of rows than adapters were named for", found=x.shape[0], wanted=num_rows
         )
     compute = partial(type(layer).forward, layer)
+    if not layer.enabled:
+        return compute(x)
     if not layer.adds_to_base(rows):
         found = {name: _with(layer, name, compute, x[index.to(x.device)]) for name, index in rows.items()}
         first = next(iter(found.values()))

@@ -99,11 +99,14 @@ class TokenRows(_RowsLayer):
 
         Args:
             ids: see `check_rows`.
+            dtype: of the rows, or the weight's where that is wider.
             values: (n, hidden); the base's own where None.
         """
         if values is None:
             with gathered(self.base_layer.parameters()):
                 values = self.weight.data[list(ids)]
+        # Narrower than W's, rows would not start at the base's own function.
+        dtype = torch.promote_types(dtype, self.weight.dtype)
         self.trainable_tokens[name] = nn.Parameter(values.detach().to(device=self._device(), dtype=dtype, copy=True))
         sorted_ids, order = torch.tensor(ids, device=self._device()).sort()
         self.register_buffer(f"ids_{name}", torch.tensor(ids, device=self._device()), persistent=False)

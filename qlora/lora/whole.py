@@ -6,7 +6,7 @@ one value, so that a model that trains any holds one adapter.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
@@ -49,7 +49,7 @@ def modules_to_train(model: nn.Module, config: LoraConfig) -> list[str]:
             chosen.setdefault(path, "modules_to_save")
     for path, key in chosen.items():
         _refuse_quantized(path, model.get_submodule(path), key)
-    _refuse_half_of_tied(model, chosen, set(sides.values()))
+    _refuse_half_of_tied(model, chosen, sides)
     return list(chosen)
 
 
@@ -87,7 +87,7 @@ def _refuse_quantized(path: str, module: nn.Module, key: str) -> None:
         )
 
 
-def _refuse_half_of_tied(model: nn.Module, chosen: Iterable[str], sides: set[str]) -> None:
+def _refuse_half_of_tied(model: nn.Module, chosen: Mapping[str, str], sides: Mapping[str, str]) -> None:
     owners: dict[int, set[str]] = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):
         owners.setdefault(id(parameter), set()).add(name.rpartition(".")[0])
@@ -95,11 +95,13 @@ def _refuse_half_of_tied(model: nn.Module, chosen: Iterable[str], sides: set[str
         asked = together & set(chosen)
         if not asked or asked == together:
             continue
-        if together <= sides:
+        if together <= set(sides.values()):
+            by_name = "modules_to_save" in {chosen[path] for path in asked}
             raise ConfigError(
                 "the base ties its embeddings to its head, so they can only be trained together",
-                place="lora.train_embeddings, lora.train_head",
-                next_step="set both to true, or both to false",
+                place="lora.modules_to_save" if by_name else "lora.train_embeddings, lora.train_head",
+                found=f"{min(asked)}, without {min(together - asked)}",
+                next_step="name both, or neither" if by_name else "set both to true, or both to false",
             )
         raise ConfigError(
             "these modules share a weight, so they can only be trained together",

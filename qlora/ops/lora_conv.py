@@ -87,10 +87,14 @@ def kernel_of(lora_A: Tensor, lora_B: Tensor, groups: int) -> Tensor:
 
 
 def channel_norms(weight: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: float) -> Tensor:
-    """|W + s B A| of each output channel (1, O, 1...), fp32 or wider, without a graph; for one group."""
+    """|W + s B A| of each output channel (1, O, 1...), fp32 or wider, without a graph; for one group.
+
+    A channel of zeros has the smallest positive number for a norm, as in `ops.lora_linear.row_norms`.
+    """
     wide = torch.promote_types(weight.dtype, torch.float32)
     V = weight.detach().to(wide) + scaling * kernel_of(lora_A.detach().to(wide), lora_B.detach().to(wide), 1)
-    return torch.linalg.vector_norm(V.flatten(1), dim=1).reshape(1, -1, *[1] * (weight.ndim - 2))
+    norms = torch.linalg.vector_norm(V.flatten(1), dim=1).clamp_(min=torch.finfo(wide).tiny)
+    return norms.reshape(1, -1, *[1] * (weight.ndim - 2))
 
 
 class _LoraConv(torch.autograd.Function):

@@ -58,14 +58,17 @@ def lora_embedding(
 
 
 def column_norms(weight_VH: Tensor, lora_A_RV: Tensor, lora_B_HR: Tensor, scaling: float) -> Tensor:
-    """|W^T + s B A| of each feature over the vocabulary (H,), fp32 or wider, without a graph. No second weight is made."""
+    """|W^T + s B A| of each feature over the vocabulary (H,), fp32 or wider, without a graph. No second weight is made.
+
+    A feature of zeros has the smallest positive number for a norm, as in `ops.lora_linear.row_norms`.
+    """
     wide = torch.promote_types(weight_VH.dtype, torch.float32)
     A_RV, B_HR = lora_A_RV.detach().to(wide), lora_B_HR.detach().to(wide)
     step = max(1, NORM_ELEMENTS // weight_VH.shape[1])
     squares_H = torch.zeros(weight_VH.shape[1], dtype=wide, device=weight_VH.device)
     for rows_vH, A_Rv in zip(weight_VH.detach().split(step), A_RV.split(step, dim=1), strict=True):
         squares_H += torch.addmm(rows_vH.to(wide), A_Rv.T, B_HR.T, alpha=scaling).square_().sum(0)
-    return squares_H.sqrt_()
+    return squares_H.sqrt_().clamp_(min=torch.finfo(wide).tiny)
 
 
 class _LoraEmbedding(torch.autograd.Function):

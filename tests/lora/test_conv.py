@@ -206,3 +206,18 @@ def test_all_linear_leaves_convolutions_alone() -> None:
     report = inject_lora(model, LoraConfig(r=2))
     assert list(report.targeted) == ["1"]
     assert "not a linear layer" in report.skipped["0"]
+
+
+@pytest.mark.parametrize("base", ["1d", "2d"])
+def test_dora_leaves_an_output_channel_of_zeros_what_it_is(base: str) -> None:
+    model, x = make(base)
+    with torch.no_grad():
+        model[0].weight[1] = 0  # type: ignore[union-attr, operator]
+        want = model(x)
+    inject_lora(model, LoraConfig(r=4, use_dora=True, target_modules=["0"]))
+    y = model(x)
+    torch.testing.assert_close(y, want)
+    y.square().sum().backward()
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters() if p.requires_grad)
+    merge_adapter(model)
+    torch.testing.assert_close(model(x), want)

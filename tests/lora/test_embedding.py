@@ -194,3 +194,17 @@ def test_what_cannot_be_is_refused() -> None:
     with pytest.raises(AdapterError, match="cannot carry a LoRA layer"):
         inject_lora(positions, LoraConfig(r=2, target_modules=["0"]))
     assert not isinstance(model[0], LoraLayer)
+
+
+def test_dora_leaves_a_feature_of_zeros_what_it_is() -> None:
+    model = make("plain", torch.float32)
+    with torch.no_grad():
+        model[0].weight[:, 2] = 0  # type: ignore[union-attr, operator]
+        want = model(IDS)
+    inject_lora(model, LoraConfig(r=3, use_dora=True, target_modules=["0"]))
+    y = model(IDS)
+    torch.testing.assert_close(y, want)
+    y.square().sum().backward()
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters() if p.requires_grad)
+    merge_adapter(model)
+    torch.testing.assert_close(model(IDS), want)

@@ -25,6 +25,7 @@ from qlora.lora.inject import inject_lora
 from qlora.lora.layer import lora_layers
 from qlora.quant.load import load_model
 from qlora.quant.source import resolve_base
+from qlora.train.first_inputs import describe_unused
 
 MakeBase = Callable[..., Path]
 MakeModel = Callable[..., nn.Module]
@@ -314,3 +315,30 @@ def test_a_changed_base_is_not_used_alone(make_base: MakeBase) -> None:
     for work in (lambda: set_adapter(model, None), lambda: qlora.delete_adapter(model, "default")):
         with pytest.raises(AdapterError, match="load the base again"):
             work()
+
+
+def test_eva_in_a_library_says_that_it_waits_and_starts_when_called(make_model: MakeModel) -> None:
+    model = make_model("llama")
+    report = inject_lora(model, LoraConfig(r=3, init_lora_weights="eva", target_modules=["q_proj", "lm_head"]))
+    assert report.waits_for_inputs
+    assert "A waits for data" in str(report)
+    batch = ids()
+    before = {path: layer.lora_A["default"].clone() for path, layer in lora_layers(model)}
+    assert qlora.start_from_inputs(model, [(lambda: model(batch), torch.ones_like(batch, dtype=torch.bool))]) == []
+    assert all(not torch.equal(layer.lora_A["default"], before[path]) for path, layer in lora_layers(model))
+    plain = inject_lora(make_model("llama"), LoraConfig(r=3))
+    assert not plain.waits_for_inputs
+    assert "waits" not in str(plain)
+
+
+def test_a_head_that_no_batch_runs_through_is_named_as_such(make_model: MakeModel) -> None:
+    model: Any = make_model("llama")
+    inject_lora(model, LoraConfig(r=3, init_lora_weights="eva", target_modules=["q_proj", "lm_head"]))
+    batch = ids()
+    runs = [(lambda: model.get_decoder()(batch), torch.ones_like(batch, dtype=torch.bool))]
+    unused = start_from_inputs(model, runs)
+    assert describe_unused(model, unused) == ["the output head keeps A's default start: lm_head"]
+    assert describe_unused(model, ["model.layers.0.self_attn.q_proj", *unused]) == [
+        "the output head keeps A's default start: lm_head",
+        "1 layers saw none of the data, and start as by default: model.layers.0.self_attn.q_proj ...",
+    ]

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
+import peft
 import pytest
 import torch
+from peft.utils.other import get_pattern_key
 from torch import Tensor, nn
 
 from qlora.adapter.files import load_adapter, save_adapter
@@ -140,3 +142,72 @@ def test_what_cannot_be_mixed(weights: dict[str, float], name: str, arguments: d
     assert model.state_dict().keys() == before.keys()
     assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
     assert model.qlora_adapters.keys() == {"a", "b", "d"}
+
+
+@pytest.mark.parametrize("method", ["cat", "svd", "linear"])
+def test_grouped_convolutions_are_mixed_group_by_group(method: Any, tmp_path: Any) -> None:
+    def make() -> nn.Sequential:
+        torch.manual_seed(0)
+        return nn.Sequential(nn.Conv1d(4, 6, 3, groups=2, bias=False), nn.Conv2d(6, 6, 1))
+
+    model, weights = make(), {"a": 0.5, "b": 2.0}
+    for name in weights:
+        r = 2 if name == "a" and method != "linear" else 4
+        inject_lora(model, LoraConfig(r=r, target_modules=["0"], lora_alpha=3.0), name)
+        layer: Any = model[0]
+        with torch.no_grad():
+            for parameter in own(layer, name):
+                parameter.copy_(torch.randn(parameter.shape))
+    deltas = {name: layer.delta(name, torch.float64) for name in weights}
+    mix_adapters(model, weights, "m", method=method)
+    found, want = layer.delta("m", torch.float64), sum(weight * deltas[name] for name, weight in weights.items())
+    if method == "svd":  # the nearest of each group: 3 outputs of 2 directions
+        groups = [torch.linalg.svd(group.flatten(1), full_matrices=False) for group in want.chunk(2)]
+        want = torch.cat([(U[:, :2] * S[:2]) @ Vh[:2] for U, S, Vh in groups]).reshape(want.shape)
+    if method == "linear":
+        pairs = [layer.to_factors(name) for name in weights]
+        A, B = (
+            sum((weight * 0.75) ** 0.5 * p[i] for p, weight in zip(pairs, weights.values(), strict=True)) for i in (0, 1)
+        )
+        want = (B @ A).reshape(want.shape).double()
+    torch.testing.assert_close(found, want, rtol=1e-5, atol=1e-5)
+    x = torch.randn(2, 4, 7)
+    save_adapter(model, tmp_path / "m", "m")
+    again = make()
+    load_adapter(again, tmp_path / "m")
+    assert torch.equal(again[0](x), layer(x))
+
+
+def test_a_rank_that_groups_do_not_divide_is_refused() -> None:
+    model = nn.Sequential(nn.Conv1d(4, 6, 3, groups=2))
+    inject_lora(model, LoraConfig(r=2, target_modules=["0"]), "a")
+    with pytest.raises(AdapterError, match="the groups do not divide it"):
+        mix_adapters(model, {"a": 1.0}, "m", r=3)
+    assert model.qlora_adapters.keys() == {"a"}
+
+
+def test_a_path_that_is_the_end_of_another_keeps_its_rank(tmp_path: Any) -> None:
+    def make() -> nn.Sequential:
+        torch.manual_seed(0)
+        return nn.Sequential(nn.Linear(8, 9), nn.Sequential(nn.Linear(9, 10)), nn.Linear(10, 11), nn.Linear(11, 12))
+
+    model = make()
+    inject_lora(model, LoraConfig(r=2, target_modules=["Linear"]), "a")
+    inject_lora(model, LoraConfig(r=1, target_modules="0"), "b")  # a regular expression for the whole path
+    record = mix_adapters(model, {"a": 1.0, "b": 1.0}, "m", method="cat")
+    ranks = {path: layer.updates["m"].r for path, layer in lora_layers(model)}
+    assert ranks == {"0": 3, "1.0": 2, "2": 2, "3": 2}
+    theirs = peft.LoraConfig(rank_pattern=record.config.rank_pattern, r=record.config.r)
+    assert [theirs.rank_pattern.get(get_pattern_key(theirs.rank_pattern, path), theirs.r) for path in ranks] == [3, 2, 2, 2]
+    save_adapter(model, tmp_path / "m", "m")
+    again = make()
+    load_adapter(again, tmp_path / "m")
+    x = torch.randn(3, 8)
+    assert torch.equal(again(x), model(x))
+
+
+@pytest.mark.parametrize("weights", [{"a": "x"}, {"a": None}, {"a": True}, ["a", "b"], "a"])
+def test_weights_are_numbers_by_name(weights: Any) -> None:
+    model = with_adapters(a={"r": 2}, b={"r": 2})
+    with pytest.raises(AdapterError, match=r"is not a number|by adapter name"):
+        mix_adapters(model, weights, "m")

@@ -11,10 +11,12 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from qlora.adapter.files import delete_adapter
 from qlora.config.schema import LoraConfig
 from qlora.errors import AdapterError
 from qlora.lora.inject import inject_lora
 from qlora.lora.layer import disable_adapter, lora_layers, merge_adapter, unmerge_adapter
+from qlora.lora.mix import mix_adapters
 from qlora.lora.switch import adapters_by_row, set_adapter
 
 VARIANTS: dict[str, dict[str, Any]] = {
@@ -155,3 +157,41 @@ def test_merging_each_in_turn(model: Any) -> None:
             torch.testing.assert_close(model(IDS).logits, want, rtol=0, atol=1e-4)
             unmerge_adapter(model)
             assert torch.equal(model(IDS).logits, want)
+
+
+@pytest.mark.parametrize("inside", [True, False])
+@pytest.mark.parametrize("third", ["bias", "dora"])
+def test_disabled_every_row_is_the_bases(make_model: Callable[..., Any], model: Any, inside: bool, third: str) -> None:
+    want = make_model("llama").eval()
+    by_row, disabled = adapters_by_row(model, ["plain", "bias", third, None, "plain"]), disable_adapter(model)
+    outer, inner = (by_row, disabled) if inside else (disabled, by_row)
+    with torch.no_grad(), outer, inner:
+        assert torch.equal(model(IDS).logits, want(IDS).logits)
+
+
+@pytest.mark.parametrize(
+    "work",
+    [
+        merge_adapter,
+        lambda model: set_adapter(model, "bias"),
+        lambda model: delete_adapter(model, "bias"),
+        lambda model: inject_lora(model, LoraConfig(r=2), "new"),
+        lambda model: mix_adapters(model, {"plain": 1.0}, "new"),
+        lambda model: adapters_by_row(model, ["plain"] * 5).__enter__(),
+    ],
+    ids=["merge", "set", "delete", "inject", "mix", "nest"],
+)
+def test_what_is_refused_inside_and_changes_nothing(model: Any, work: Callable[[Any], object]) -> None:
+    set_adapter(model, "plain")
+    with torch.no_grad(), adapters_by_row(model, ["bias", "plain", None, "dora", "bias"]):
+        want = model(IDS).logits
+        with pytest.raises(AdapterError, match="inside adapters_by_row"):
+            work(model)
+        assert torch.equal(model(IDS).logits, want)
+    assert all("forward" not in vars(layer) for _, layer in lora_layers(model))
+    merge_adapter(model)
+
+
+def test_names_by_row_are_a_list(model: Any) -> None:
+    with pytest.raises(AdapterError, match="are a list"), adapters_by_row(model, "plain"):
+        pass

@@ -261,3 +261,76 @@ def test_damaged_files_are_refused(make_base: MakeBase, tmp_path: Path, indices:
     with pytest.raises(AdapterError, match=words) as error:
         load_adapter(again, tmp_path)
     assert not any(isinstance(module, LoraLayer) for module in again.modules()), error
+
+
+def test_in_an_fp32_base_bfloat16_adapters_keep_fp32_rows(make_base: MakeBase, tmp_path: Path) -> None:
+    folder = make_base("llama", dtype="float32", tie_word_embeddings=True)
+    ours = load_ours(folder)
+    plain = logits(ours)
+    config = LoraConfig(r=4, target_modules=["q_proj"], trainable_token_indices=TOKENS, dtype="bfloat16")
+    inject_lora(ours, config)
+    assert_like(logits(ours), plain)
+    assert torch.equal(rows_of(ours).trainable_tokens["default"], rows_of(ours).weight[TOKENS])
+    randomize(ours)
+    save_adapter(ours, tmp_path)
+    again = load_ours(folder)
+    load_adapter(again, tmp_path)
+    assert torch.equal(logits(again), logits(ours))
+
+
+KINDS_OF_USE: dict[str, dict[str, Any]] = {
+    "rows": {"target_modules": ["q_proj"], "trainable_token_indices": TOKENS},
+    "low rank": {"target_modules": ["q_proj", "embed_tokens", "lm_head"]},
+    "whole": {"target_modules": ["q_proj"], "train_embeddings": True, "train_head": True},
+}
+
+
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("how", ["inject", "load", "replace"])
+@pytest.mark.parametrize(
+    ("first", "second"),
+    [("rows", "low rank"), ("low rank", "rows"), ("rows", "whole"), ("low rank", "whole"), ("rows", "rows")],
+)
+def test_another_kind_takes_the_place_of_what_is_gone(
+    make_base: MakeBase, tmp_path: Path, first: str, second: str, how: str, tied: bool
+) -> None:
+    folder = make_base("llama", dtype="float32", tie_word_embeddings=tied)
+    theirs = load_ours(folder)
+    inject_lora(theirs, LoraConfig(r=4, **KINDS_OF_USE[second]))
+    randomize(theirs)
+    save_adapter(theirs, tmp_path)
+    ours = load_ours(folder)
+    plain = logits(ours)
+    inject_lora(ours, LoraConfig(r=4, **KINDS_OF_USE[first]))
+    randomize(ours)
+    if how == "replace":
+        load_adapter(ours, tmp_path, replace=True)
+    else:
+        delete_adapter(ours, "default")
+        assert torch.equal(logits(ours), plain)
+        assert not any(isinstance(module, LoraLayer) for module in ours.modules())
+    if how == "load":
+        load_adapter(ours, tmp_path)
+    if how == "inject":
+        inject_lora(ours, LoraConfig(r=4, **KINDS_OF_USE[second]))
+        assert_like(logits(ours), plain)
+        return
+    assert torch.equal(logits(ours), logits(theirs))
+
+
+def test_a_failed_replacement_leaves_the_layers(make_base: MakeBase, tmp_path: Path) -> None:
+    folder = make_base("llama", dtype="float32")
+    theirs = load_ours(folder)
+    inject_lora(theirs, LoraConfig(r=4, **KINDS_OF_USE["low rank"]))
+    save_adapter(theirs, tmp_path)
+    (tmp_path / "adapter_config.json").write_text(
+        json.dumps(json.loads((tmp_path / "adapter_config.json").read_text()) | {"r": 5})
+    )
+    ours = load_ours(folder)
+    inject_lora(ours, LoraConfig(r=4, **KINDS_OF_USE["rows"]))
+    randomize(ours)
+    before, want = dict(ours.named_modules()), logits(ours)
+    with pytest.raises(AdapterError, match="do not fit"):
+        load_adapter(ours, tmp_path, replace=True)
+    assert dict(ours.named_modules()) == before
+    assert torch.equal(logits(ours), want)

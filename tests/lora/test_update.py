@@ -9,6 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from peft.utils.other import get_pattern_key
 
+from qlora.adapter.residual import _whole
 from qlora.config.schema import LoraConfig
 from qlora.lora.update import Update, by_pattern, pattern_of
 
@@ -70,3 +71,10 @@ def test_an_update_takes_the_rest_from_the_config() -> None:
         2, 1.0, 0.25, use_dora=True
     )
     assert Update.of(LoraConfig(r=2, lora_alpha=2, lora_bias=True), "x") == Update(2, 1.0, lora_bias=True)
+
+
+def test_a_pattern_of_a_whole_path_matches_no_path_that_ends_with_it() -> None:
+    pattern = _whole("layers.0")
+    assert pattern_of([pattern], "layers.0") == get_pattern_key([pattern], "layers.0") == pattern
+    assert pattern_of([pattern], "encoder.layers.0") is None
+    assert get_pattern_key([pattern], "encoder.layers.0") == "encoder.layers.0"  # PEFT's word for none

@@ -181,3 +181,19 @@ def test_a_key_and_a_name_for_the_same_module_are_one(make_model: Callable[..., 
     trained = modules_to_train(make_model("llama"), config)
     assert len(trained) == len(set(trained))
     assert {"lm_head", "model.norm", "model.layers.0.input_layernorm"} <= set(trained)
+
+
+@pytest.mark.parametrize(
+    ("config", "place"),
+    [
+        ({"modules_to_save": ["lm_head"]}, "lora.modules_to_save"),
+        ({"modules_to_save": ["embed_tokens"]}, "lora.modules_to_save"),
+        ({"train_head": True}, "lora.train_embeddings, lora.train_head"),
+    ],
+)
+def test_half_of_a_tied_pair_is_refused_by_the_key_that_asks_for_it(
+    make_model: Callable[..., Any], config: dict[str, Any], place: str
+) -> None:
+    with pytest.raises(ConfigError, match="can only be trained together") as error:
+        inject_lora(make_model("llama", tie_word_embeddings=True), LoraConfig(target_modules=["q_proj"], **config))
+    assert error.value.place == place
