@@ -18,8 +18,8 @@ WIDE = {"intermediate_size": LONG, "num_hidden_layers": 1}
 LARGEST_BYTES = 64 * LONG * 2
 PATHS = ("model.layers.0.mlp.down_proj", "model.layers.0.mlp.up_proj")
 QUANTIZATION = {"quant_type": "nf4", "double_quant": True}
-# Pieces in fp32, the adapter's own factors, what the allocator keeps.
-CONSTANT_BYTES = 16 << 20
+# Pieces in fp32, the adapter's own factors, what the allocator keeps, which varies by some MiB. A third tensor would show.
+CONSTANT_BYTES = 24 << 20
 
 
 @pytest.mark.skipif(not Path("/proc/self/status").is_file(), reason="reads Linux's /proc")

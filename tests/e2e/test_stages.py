@@ -19,7 +19,7 @@ pytestmark = pytest.mark.e2e
 MODES = ["single", "ddp", "zero1", "zero2", "zero3"]
 METRICS_KEYS = {
     "step", "epoch", "loss", "grad_norm", "learning_rate", "num_tokens", "num_target_tokens", "tokens_per_second",
-    "step_seconds", "peak_memory_bytes", "time",
+    "step_seconds", "peak_memory_bytes", "num_skipped_steps", "time",
 }  # fmt: skip
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 import signal
+import shlex
 import subprocess
 import sys
 import time
@@ -108,7 +109,7 @@ def test_refused(change: dict, said: str) -> None:
 
 
 FAKES = {
-    "python": f'exec {sys.executable} "$@"',
+    "python": f'exec {shlex.quote(sys.executable)} "$@"',
     "scontrol": 'if [ "$1" = show ]; then printf "head\\nother\\n"; else echo "scontrol $*" >>"$SAID"; fi',
     "scancel": 'echo "scancel $*" >>"$SAID"; : >"$STATE/stop"',
     # Runs what it is told to on one node, as the second of two.
