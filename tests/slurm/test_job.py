@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import os
+import shlex
 import shutil
 import signal
-import shlex
 import subprocess
 import sys
 import time
