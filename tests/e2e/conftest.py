@@ -144,7 +144,7 @@ WORLDS = {
     "single": World(
         "single", 1, _usual(after="single.dropout") | _wholly("single") | {"dry": Job(ACC1, options=["--dry-run"])}
     ),
-    "zero1": World("zero1", 2, _usual(after="zero1.dropout") | {"long": Job([*ACC1, "train.max_steps=40"])}),
+    "zero1": World("zero1", 2, _usual(after="zero1.dropout") | {"long": Job([*ACC1, "train.max_steps=160"])}),
     "zero2": World("zero2", 2, _usual(after="zero2.dropout")),
     "ddp": World(
         "ddp",
