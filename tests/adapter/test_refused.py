@@ -16,42 +16,17 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 from qlora.adapter.files import delete_adapter, load_adapter, open_adapter, save_adapter
-from qlora.config.schema import LoraConfig, QuantizationConfig
+from qlora.config.schema import LoraConfig
 from qlora.errors import AdapterError, BaseModelError
 from qlora.lora.inject import inject_lora
 from qlora.lora.layer import lora_layers, merge_adapter
 from qlora.quant.load import load_model
 from qlora.quant.source import resolve_base
+from tests.adapter.random_values import randomize
 
 IDS = torch.randint(3, 300, (2, 12), generator=torch.Generator().manual_seed(0))
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
 Q = "base_model.model.model.layers.0.self_attn.q_proj"
-
-
-def randomize(model: nn.Module, seed: int = 1) -> Any:
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.requires_grad:
-                parameter += 0.05 * torch.randn(parameter.shape, generator=generator)
-    return model
-
-
-@pytest.fixture
-def load_llama(make_base: Callable[..., Path]) -> Callable[..., Any]:
-    def load(*, in_4bit: bool = False, **changes: Any) -> Any:
-        source = resolve_base(str(make_base("llama", **changes)))
-        return load_model(source, quantization=QuantizationConfig() if in_4bit else None)
-
-    return load
-
-
-@pytest.fixture
-def saved(load_llama: Callable[..., Any], tmp_path: Path) -> Path:
-    """The folder of a good adapter of the llama base."""
-    model = load_llama()
-    inject_lora(model, LoraConfig(r=4))
-    return save_adapter(randomize(model), tmp_path / "saved")
 
 
 def rewrite(folder: Path, change: Callable[[dict[str, Tensor]], Any], **metadata: str) -> None:
