@@ -3,15 +3,36 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Protocol, TypeAlias
 
 
-def write_file(path: Path, content: bytes) -> None:
+class Pieces(Protocol):
+    """The content of a file that is too large to be made whole."""
+
+    def chunks(self) -> Iterator[bytes | memoryview]:
+        """The content in order; the same at every call."""
+
+
+Content: TypeAlias = bytes | Pieces
+
+
+def chunks_of(content: Content) -> Iterator[bytes | memoryview]:
+    """The pieces of a file's content, whichever way it is given."""
+    if isinstance(content, bytes):
+        yield content
+    else:
+        yield from content.chunks()
+
+
+def write_file(path: Path, content: Content) -> None:
     """Write beside, flush to the disk, rename over. Raises OSError; the old file is untouched then."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         with open(temporary, "wb") as file:
-            file.write(content)
+            for chunk in chunks_of(content):
+                file.write(chunk)
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)

@@ -15,10 +15,10 @@ from qlora.adapter.keys import AdapterKey
 from qlora.adapter.new_tokens import RECORD, tokens_of
 from qlora.adapter.read import METADATA_KEY, TEMPLATE_NAME, WEIGHTS_NAME
 from qlora.adapter.residual import INITIAL_NAME, describe_initial, render_initial
-from qlora.adapter.tensor_file import weights_file
+from qlora.adapter.tensor_file import TensorFile
 from qlora.distributed.collectives import whole_parameters
 from qlora.errors import AdapterError
-from qlora.files import write_file
+from qlora.files import Content, write_file
 from qlora.lora.experts import LoraExpertWeight
 from qlora.lora.inject import AdapterRecord, base_of, list_candidates
 from qlora.lora.linear import is_conv1d
@@ -84,8 +84,10 @@ def save_adapter(model: nn.Module, folder: str | Path, name: str = "default", *,
     return folder
 
 
-def render_files(model: nn.Module, state: dict[str, Tensor], name: str = "default") -> dict[str, bytes]:
+def render_files(model: nn.Module, state: dict[str, Tensor], name: str = "default") -> dict[str, Content]:
     """The content of an adapter's files by file name. Raises AdapterError where a tensor is empty or not finite.
+
+    The tensors' file is not rendered but refers to `state`, which must stay as it is until the file is written.
 
     A model whose update started from the base's weights takes the record of that along (`qlora.adapter.residual`), and one
     that was trained with a chat template other than its tokenizer's (`qlora_chat_template`) that template. New tokens of
@@ -99,12 +101,13 @@ def render_files(model: nn.Module, state: dict[str, Tensor], name: str = "defaul
     record = adapter_record(model, name)
     base: BaseRecord | None = model.__dict__.get("qlora_base")
     candidates, _ = list_candidates(model)
-    described, files = _describe_base(base), {}
+    described = _describe_base(base)
+    files: dict[str, Content] = {}
     initial = initial_factors(model)
     changes_base = initial is not None and initial.changes_base
     if initial is not None and (changes_base or record.config.init_lora_weights == initial.method):
-        files[INITIAL_NAME] = render_initial(initial)
-        described["initial"] = describe_initial(initial, files[INITIAL_NAME])
+        files[INITIAL_NAME] = factors = render_initial(initial)
+        described["initial"] = describe_initial(initial, factors)
     new = tokens_of(model, name)
     if new is not None:
         described[RECORD] = new.describe()
@@ -123,10 +126,8 @@ def render_files(model: nn.Module, state: dict[str, Tensor], name: str = "defaul
         initial=initial.method if initial is not None and changes_base else None,
         fan_in_fan_out=any(is_conv1d(base_of(model.get_submodule(path))) for path in record.targeted),
     )
-    # Tied parameters that are trained are one tensor under two keys; a file may not alias.
-    tensors = {key: value.clone() for key, value in state.items()}
     metadata = {METADATA_KEY: json.dumps(described, sort_keys=True)}
-    files |= {WEIGHTS_NAME: weights_file(tensors, metadata), config_file.CONFIG_NAME: config.encode()}
+    files |= {WEIGHTS_NAME: TensorFile(state, metadata), config_file.CONFIG_NAME: config.encode()}
     template: str | None = model.__dict__.get("qlora_chat_template")
     if template is not None:
         files[TEMPLATE_NAME] = template.encode()

@@ -13,10 +13,10 @@ from torch import Tensor, nn
 from qlora.adapter.files import adapter_parameters, open_adapter
 from qlora.checkpoint import state
 from qlora.checkpoint.state import Identity, TrainerState
-from qlora.config.rules import changed_keys
+from qlora.config.rules import changed_keys, global_batch_rows, same_batch_keys
 from qlora.config.schema import JobConfig, QuantizationConfig
 from qlora.distributed.collectives import set_whole, whole_shape
-from qlora.distributed.engine import Engine
+from qlora.distributed.engine import MASTER, Engine
 from qlora.errors import CheckpointError
 from qlora.quant import shards
 from qlora.quant.source import fingerprints_of
@@ -86,10 +86,23 @@ def _open(folder: Path) -> Found:
     return Found(folder, trainer, manifest.identity)
 
 
+def global_batch_of(found: Found | None, config: JobConfig, world_size: int) -> int:
+    """Packs of an optimizer step. Raises CheckpointError where the checkpoint's job is of another version.
+
+    A job that says the same of micro-batches as the checkpoint's keeps its global batch, whatever the number of ranks.
+    """
+    if found is not None and same_batch_keys(_config_of(found), config):
+        return found.identity.global_batch_size
+    return global_batch_rows(config, world_size)
+
+
 def check_identity(found: Found, job: Identity, *, force: bool) -> list[str]:
     """Compare a checkpoint with the job that wants to go on from it. Returns what `force` overrode, for the log.
 
     A base and what `qlora prepare` made of it count as one where they are quantized alike.
+
+    Args:
+        job: with the global batch that `global_batch_of` says.
 
     Raises:
         CheckpointError: another base, other data, another global batch, or a changed key that alters the training.
@@ -103,18 +116,16 @@ def check_identity(found: Found, job: Identity, *, force: bool) -> list[str]:
         problems.append(f"data: the token rows differ ({old.data[:12]} then, {new.data[:12]} now)")
     elif old.plan != new.plan:
         problems.append(f"packing: the plans differ ({old.plan[:12]} then, {new.plan[:12]} now)")
-    try:
-        old_config = JobConfig.model_validate(old.config)
-    except ValidationError as error:
-        fault = error.errors(include_url=False)[0]
-        raise CheckpointError(
-            f"the checkpoint's job is of another version of qlora ({old.versions.get('qlora')})",
-            place=str(found.folder),
-            found=f"{'.'.join(map(str, fault['loc']))}: {fault['msg']}",
-            next_step="resume with that version; as an adapter the checkpoint can still be loaded",
-        ) from error
-    new_config = JobConfig.model_validate(new.config)
-    changes = changed_keys(old_config, new_config, old_world_size=old.world_size, new_world_size=new.world_size)
+    old_config, new_config = _config_of(found), JobConfig.model_validate(new.config)
+    changes = changed_keys(
+        old_config, new_config, old_global_batch=old.global_batch_size, new_global_batch=new.global_batch_size
+    )
+    if old.global_batch_size != new.global_batch_size:
+        problems.append(
+            f"global batch: {old.global_batch_size} packs then ({old.world_size} ranks), {new.global_batch_size} now "
+            f"({new.world_size} ranks); with per_device_train_batch_size and gradient_accumulation_steps as they were, any "
+            f"number of ranks keeps the {old.global_batch_size}"
+        )
     # A prepared base is as it is, whatever the job asks for; what counts is how the weights are held.
     prepared = "origin" in {*old.base, *new.base} and bool(before & after)
     free = ("model.base", "model.revision", "model.quantization") if prepared else ()
@@ -133,6 +144,20 @@ def check_identity(found: Found, job: Identity, *, force: bool) -> list[str]:
             next_step="undo the change, choose a new train.output_dir, or give --force: the run is then no longer exact",
         )
     return problems
+
+
+def _config_of(found: Found) -> JobConfig:
+    """The job of a checkpoint. Raises CheckpointError where it is of another version."""
+    try:
+        return JobConfig.model_validate(found.identity.config)
+    except ValidationError as error:
+        fault = error.errors(include_url=False)[0]
+        raise CheckpointError(
+            f"the checkpoint's job is of another version of qlora ({found.identity.versions.get('qlora')})",
+            place=str(found.folder),
+            found=f"{'.'.join(map(str, fault['loc']))}: {fault['msg']}",
+            next_step="resume with that version; as an adapter the checkpoint can still be loaded",
+        ) from error
 
 
 def _held(identity: Identity, config: JobConfig) -> str:
@@ -166,7 +191,7 @@ def load_parameters(found: Found, model: nn.Module) -> None:
 
 
 def load_optimizer(found: Found, model: nn.Module, engine: Engine) -> None:
-    """Set the optimizer's state to the checkpoint's. Collective; after the model was prepared."""
+    """Set the optimizer's state, the fp32 copies and the loss scale. Collective; after the model was prepared."""
     names = {id(parameter): name for name, parameter in engine.parameters.items()}
     own = {key: names[id(parameter)] for key, parameter in adapter_parameters(model).items()}
     entries = shards.read_header(found.folder / state.OPTIMIZER_NAME)
@@ -176,16 +201,17 @@ def load_optimizer(found: Found, model: nn.Module, engine: Engine) -> None:
         if key not in own:
             raise CheckpointError(f"the optimizer state of {key} has no parameter here", place=str(found.folder))
         states[own[key]][part] = entry.read_whole()
-    # A parameter that no gradient has reached yet, in a layer that the data does not use, has no state anywhere.
-    empty = [key for key, name in own.items() if not states[name]]
+    # A parameter that no gradient has reached yet, in a layer that the data does not use, has no moments anywhere.
+    empty = [key for key, name in own.items() if not states[name].keys() - {MASTER}]
     num_updates = found.trainer.step - found.trainer.num_skipped
-    if len(empty) == len(own) and num_updates == 0:
-        return
-    if len(empty) == len(own):
+    if len(empty) == len(own) and num_updates > 0:
         raise CheckpointError(
             f"{len(empty)} parameters have no optimizer state", place=str(found.folder), found=", ".join(empty[:5])
         )
-    engine.load_optimizer_state(states, num_updates)
+    if any(states.values()):
+        engine.load_optimizer_state(states, num_updates)
+    if found.trainer.loss_scale is not None:
+        engine.load_loss_scale(found.trainer.loss_scale)
 
 
 def _check_names(

@@ -1,69 +1,21 @@
-"""Writing a checkpoint: all ranks gather, one writes, and what is half written never counts."""
+"""Writing a checkpoint so that what is half written never counts."""
 
 from __future__ import annotations
 
+import hashlib
 import os
 import shutil
-from dataclasses import asdict
-from json import dumps
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from safetensors.torch import save as safetensors_bytes
-from torch import Tensor, nn
-
-from qlora.adapter.files import adapter_parameters, render_files
 from qlora.checkpoint import state
-from qlora.checkpoint.state import Identity, Manifest, TrainerState
-from qlora.distributed.collectives import whole_parameters
-from qlora.distributed.engine import Engine
-from qlora.distributed.runtime import Runtime
+from qlora.checkpoint.state import Identity, Manifest
 from qlora.errors import CheckpointError
-from qlora.files import sync_folder
+from qlora.files import Content, chunks_of, sync_folder
 
 
-def save_checkpoint(
-    run_dir: Path,
-    model: nn.Module,
-    engine: Engine,
-    trainer: TrainerState,
-    identity: Identity,
-    *,
-    runtime: Runtime,
-    keep_last: int,
-) -> Path:
-    """Gather what was trained and its optimizer state, and write it on the main rank. Collective.
-
-    Raises:
-        CheckpointError: it cannot be written, on every rank; earlier checkpoints are untouched.
-    """
-    folder = run_dir / state.FOLDER / state.folder_name(trainer.step)
-    parameters = adapter_parameters(model)
-    values = whole_parameters(parameters, keep=runtime.is_main)
-    moments = whole_optimizer_state(engine, parameters, keep=runtime.is_main)
-
-    def write() -> None:
-        files = render_files(model, values)
-        files[state.OPTIMIZER_NAME] = safetensors_bytes(moments, {"format": "pt"})
-        files[state.STATE_NAME] = (dumps(asdict(trainer), indent=2) + "\n").encode()
-        write_checkpoint(folder, files, identity, keep_last)
-
-    runtime.from_main(write)
-    return folder
-
-
-def whole_optimizer_state(engine: Engine, parameters: dict[str, nn.Parameter], *, keep: bool) -> dict[str, Tensor]:
-    """`KEY/exp_avg` and the like for each tensor of the adapter, on the CPU. Collective; {} where not kept."""
-    names = {id(parameter): name for name, parameter in engine.parameters.items()}
-    found: dict[str, Tensor] = {}
-    for key, parameter in parameters.items():
-        for part, value in engine.optimizer_state(names[id(parameter)]).items():
-            if keep:
-                found[f"{key}/{part}"] = value.detach().to("cpu", copy=True).contiguous()
-    return found
-
-
-def write_checkpoint(folder: Path, files: dict[str, bytes], identity: Identity, keep_last: int) -> None:
+def write_checkpoint(folder: Path, files: Mapping[str, Content], identity: Identity, keep_last: int) -> None:
     """Write and commit a checkpoint, then remove the oldest. Rank-local; for the owner of the run directory.
 
     What stands at the folder's place is replaced: it is damaged, or of a run that did not go on from there.
@@ -81,20 +33,19 @@ def write_checkpoint(folder: Path, files: dict[str, bytes], identity: Identity, 
         raise CheckpointError(
             f"the checkpoint cannot be written ({error.strerror})",
             place=str(folder),
-            found=f"{sum(map(len, files.values())):,} bytes to write",
+            found=f"{sum(len(chunk) for content in files.values() for chunk in chunks_of(content)):,} bytes to write",
             next_step="make room; the run resumes from its last committed checkpoint",
         ) from error
 
 
-def _commit(folder: Path, files: dict[str, bytes], identity: Identity) -> None:
+def _commit(folder: Path, files: Mapping[str, Content], identity: Identity) -> None:
     """Write into a folder of another name, flush, rename, and mark it committed last of all."""
     temporary = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
     try:
         temporary.mkdir()
         table: dict[str, dict[str, Any]] = {}
         for name, content in files.items():
-            _write(temporary / name, content)
-            table[name] = {"size": len(content), "sha256": state.sha256_of(content)}
+            table[name] = _write(temporary / name, content)
         manifest = Manifest(table, identity).to_json()
         _write(temporary / state.MANIFEST_NAME, manifest)
         sync_folder(temporary)
@@ -109,11 +60,17 @@ def _commit(folder: Path, files: dict[str, bytes], identity: Identity) -> None:
     sync_folder(folder)
 
 
-def _write(path: Path, content: bytes) -> None:
+def _write(path: Path, content: Content) -> dict[str, Any]:
+    """Write a new file, to the disk. Returns its size and hexadecimal sha256."""
+    digest, size = hashlib.sha256(), 0
     with open(path, "wb") as file:
-        file.write(content)
+        for chunk in chunks_of(content):
+            file.write(chunk)
+            digest.update(chunk)
+            size += len(chunk)
         file.flush()
         os.fsync(file.fileno())
+    return {"size": size, "sha256": digest.hexdigest()}
 
 
 def prune(newest: Path, keep_last: int) -> None:

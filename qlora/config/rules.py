@@ -234,30 +234,32 @@ class Change:
         return f"{self.key}: {show(self.old)} -> {show(self.new)}"
 
 
-def changed_keys(old: JobConfig, new: JobConfig, *, old_world_size: int, new_world_size: int) -> list[Change]:
+def changed_keys(old: JobConfig, new: JobConfig, *, old_global_batch: int, new_global_batch: int) -> list[Change]:
     """Return what differs between a checkpoint's job and the job that resumes it, in the order of the schema.
 
-    Safe are train.output_dir, train.max_nonfinite_steps and all of logging, eval and checkpoint. World size,
-    per_device_train_batch_size and gradient_accumulation_steps are safe as long as their product, the global batch in
-    rows, stays. A change of world size is reported under the key `world_size`, which is none of the job file. The ZeRO
-    stage is always free to change.
+    Safe are train.output_dir, train.max_nonfinite_steps and all of logging, eval and checkpoint.
+    per_device_train_batch_size and gradient_accumulation_steps are safe as long as the global batch stays, in packs.
+    World size and ZeRO stage, which are not in the job file, are always free to change.
     """
     old_flat, new_flat = _flat(old), _flat(new)
-    same_global_batch = global_batch_rows(old, old_world_size) == global_batch_rows(new, new_world_size)
     changes = []
     for key in dict.fromkeys([*old_flat, *new_flat]):
         before, after = old_flat.get(key), new_flat.get(key)
         if before == after and (key in old_flat) == (key in new_flat):
             continue
-        safe = key in _SAFE_KEYS or key.startswith(_SAFE_SECTIONS) or (key in _BATCH_KEYS and same_global_batch)
+        safe = key in _SAFE_KEYS or key.startswith(_SAFE_SECTIONS)
+        safe = safe or (key in _BATCH_KEYS and old_global_batch == new_global_batch)
         changes.append(Change(key, before, after, safe))
-    if old_world_size != new_world_size:
-        changes.append(Change("world_size", old_world_size, new_world_size, same_global_batch))
     return changes
 
 
+def same_batch_keys(old: JobConfig, new: JobConfig) -> bool:
+    """Whether two jobs say the same of micro-batches and accumulation."""
+    return all(_flat(old)[key] == _flat(new)[key] for key in _BATCH_KEYS)
+
+
 def global_batch_rows(config: JobConfig, world_size: int) -> int:
-    """Return the rows of one optimizer step over all ranks."""
+    """Return the rows of one optimizer step over all ranks, as a new run takes them."""
     return config.train.per_device_train_batch_size * config.train.gradient_accumulation_steps * world_size
 
 

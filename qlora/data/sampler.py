@@ -2,8 +2,8 @@
 
 Nothing is drawn and nothing is remembered. An epoch's order is a permutation made from (seed, epoch); the order is cut
 into global batches; a rank takes its part of a batch by arithmetic. So a single number, how many packs were taken since
-the start, says where a run is, and a run goes on exactly there with other ranks, as long as the global batch stays
-`world_size * per_device_batch_size * accumulation_steps` packs.
+the start, says where a run is, and a run goes on exactly there with other ranks, as long as the global batch stays. It
+need not be a multiple of the ranks: a micro-step's places that the batch does not fill stay empty.
 
 A batch never reaches into the next epoch: the last batch of an epoch is smaller where the packs do not divide evenly.
 """
@@ -77,22 +77,47 @@ class Split:
 
     Args:
         world_size: ranks.
-        per_device_batch_size: packs a rank and micro-step.
+        per_device_batch_size: packs a rank and micro-step, at most.
         accumulation_steps: micro-steps an optimizer step.
+        global_batch_size: packs an optimizer step takes, over all ranks and micro-steps; None: as many as there are places.
     """
 
     world_size: int
     per_device_batch_size: int
     accumulation_steps: int
+    global_batch_size: int = None  # type: ignore[assignment]
 
     def __post_init__(self) -> None:
         if min(self.world_size, self.per_device_batch_size, self.accumulation_steps) < 1:
             raise ValueError(f"every part must be at least 1: {self}")
+        if self.global_batch_size is None:
+            object.__setattr__(self, "global_batch_size", self.num_places)
+        if not 1 <= self.global_batch_size <= self.num_places:
+            raise ValueError(f"a batch of {self.global_batch_size} has no room in {self.num_places} places")
 
     @property
-    def global_batch_size(self) -> int:
-        """Packs an optimizer step takes, over all ranks and micro-steps."""
+    def num_places(self) -> int:
+        """Packs that an optimizer step has room for."""
         return self.world_size * self.per_device_batch_size * self.accumulation_steps
+
+    @classmethod
+    def keeping(cls, global_batch_size: int, world_size: int, most_per_device: int) -> Split:
+        """The split of a batch over other ranks that takes least time: fewest places a rank, then fewest micro-steps.
+
+        Args:
+            most_per_device: packs that a rank has memory for at once.
+        """
+        needed = math.ceil(global_batch_size / world_size)
+
+        def cost(size: int) -> tuple[int, int]:
+            steps = math.ceil(needed / size)
+            return steps * size, steps
+
+        size = min(range(1, min(most_per_device, needed) + 1), key=cost)
+        return cls(world_size, size, math.ceil(needed / size), global_batch_size)
+
+    def __str__(self) -> str:
+        return f"{self.world_size} ranks x {self.per_device_batch_size} x {self.accumulation_steps} micro-steps"
 
 
 @dataclass(frozen=True)

@@ -12,6 +12,10 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
+MASTER = "master"
+# Of a GradScaler's state, what changes.
+LOSS_SCALE_KEYS = ("scale", "_growth_tracker")
+
 
 class Engine(Protocol):
     """A prepared model with its optimizer. Every method is a collective.
@@ -42,14 +46,26 @@ class Engine(Protocol):
         """
 
     def optimizer_state(self, name: str) -> dict[str, Tensor]:
-        """The whole optimizer state of one trainable parameter, on every rank; {} before the first step."""
+        """The whole optimizer state of one trainable parameter, on every rank; {} before the first step.
+
+        Where the parameter is not fp32, with its fp32 copy that the optimizer updates, under `MASTER`.
+        """
 
     def load_optimizer_state(self, states: dict[str, dict[str, Tensor]], step: int) -> None:
         """Set the whole optimizer state by parameter name, and the number of steps it has seen."""
 
+    def loss_scale(self) -> dict[str, float] | None:
+        """What the dynamic loss scale of fp16 has come to; None where there is none. Rank-local, equal on all ranks."""
+
+    def load_loss_scale(self, state: dict[str, float]) -> None:
+        """Go on with a loss scale."""
+
 
 class PlainEngine:
     """One process, or data parallel: every rank holds everything. Implements `Engine`.
+
+    Parameters that are not fp32 get an fp32 copy, which the optimizer updates in their place, as ZeRO has it: in bf16 an
+    update below 1/256 of a weight would be lost.
 
     Args:
         scale_loss: keep fp16 gradients from underflowing by a dynamic loss scale.
@@ -72,6 +88,16 @@ class PlainEngine:
         self.skips_overflow = scale_loss
         self.scaler = torch.amp.GradScaler(device.type, enabled=scale_loss)
         self._no_sync = no_sync
+        self._masters = {
+            name: nn.Parameter(parameter.detach().float())
+            for name, parameter in parameters.items()
+            if parameter.dtype != torch.float32
+        }
+        # What the optimizer updates, by name.
+        self._updated = parameters | self._masters
+        replaced = {id(parameters[name]): master for name, master in self._masters.items()}
+        for group in optimizer.param_groups:
+            group["params"] = [replaced.get(id(parameter), parameter) for parameter in group["params"]]
 
     def micro_step(self, *, last: bool) -> AbstractContextManager[None]:
         return nullcontext() if last else self._no_sync()
@@ -80,8 +106,12 @@ class PlainEngine:
         self.scaler.scale(loss).backward()
 
     def step(self, learning_rate: float) -> Tensor:
+        for name, master in self._masters.items():
+            gradient = self.parameters[name].grad
+            master.grad = None if gradient is None else gradient.float()
+            self.parameters[name].grad = None
         self.scaler.unscale_(self.optimizer)
-        norm = torch.nn.utils.clip_grad_norm_(self.parameters.values(), self.max_grad_norm, foreach=True)
+        norm = torch.nn.utils.clip_grad_norm_(self._updated.values(), self.max_grad_norm, foreach=True)
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate * group.get("lr_ratio", 1.0)
         if self.skips_overflow:
@@ -90,21 +120,37 @@ class PlainEngine:
         elif norm.isfinite():
             self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
+        self._copy_masters()
         return norm.detach().float()
 
+    def _copy_masters(self) -> None:
+        with torch.no_grad():
+            for name, master in self._masters.items():
+                self.parameters[name].copy_(master)
+
     def optimizer_state(self, name: str) -> dict[str, Tensor]:
-        state = self.optimizer.state.get(self.parameters[name], {})
-        return {key: value for key, value in state.items() if isinstance(value, Tensor) and key != "step"}
+        state = self.optimizer.state.get(self._updated[name], {})
+        found = {key: value for key, value in state.items() if isinstance(value, Tensor) and key != "step"}
+        if name in self._masters:
+            found[MASTER] = self._masters[name].detach()
+        return found
 
     def load_optimizer_state(self, states: dict[str, dict[str, Tensor]], step: int) -> None:
+        counts_in_tensors = type(self.optimizer).__module__.startswith("torch.")
         for name, state in states.items():
-            if not state:
-                continue
-            parameter = self.parameters[name]
-            own: dict[str, Any] = {}
-            for key, value in state.items():
-                # Moments of a bf16 parameter are fp32 where ZeRO kept them, and torch wants the parameter's own dtype.
-                is_moment = value.is_floating_point() and value.shape == parameter.shape
-                own[key] = value.to(device=parameter.device, dtype=parameter.dtype if is_moment else value.dtype)
-            counter = torch.tensor(float(step)) if type(self.optimizer).__module__.startswith("torch.") else step
-            self.optimizer.state[parameter] = {"step": counter, **own}
+            updated = self._updated[name]
+            own = {key: value.to(updated.device) for key, value in state.items() if key != MASTER}
+            if MASTER in state and name in self._masters:
+                with torch.no_grad():
+                    updated.copy_(state[MASTER])
+            if own:
+                counter: Any = torch.tensor(float(step)) if counts_in_tensors else step
+                self.optimizer.state[updated] = {"step": counter, **own}
+        self._copy_masters()
+
+    def loss_scale(self) -> dict[str, float] | None:
+        return {key: self.scaler.state_dict()[key] for key in LOSS_SCALE_KEYS} if self.skips_overflow else None
+
+    def load_loss_scale(self, state: dict[str, float]) -> None:
+        if self.skips_overflow:
+            self.scaler.load_state_dict(self.scaler.state_dict() | state)

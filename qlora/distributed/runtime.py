@@ -183,6 +183,16 @@ class Runtime:
                 next_step="give every node the same files, job file and cache",
             )
 
+    def share_out(self, micro_batch_size: int, gradient_accumulation_steps: int) -> None:
+        """Go on with another split of the global batch than the job file's. Rank-local; before anything is prepared."""
+        self.accelerator.gradient_accumulation_steps = gradient_accumulation_steps if self.is_zero else 1
+        if self.is_zero:
+            self.accelerator.state.deepspeed_plugin.deepspeed_config |= {
+                "train_micro_batch_size_per_gpu": micro_batch_size,
+                "gradient_accumulation_steps": gradient_accumulation_steps,
+                "train_batch_size": micro_batch_size * gradient_accumulation_steps * self.world_size,
+            }
+
     def end(self) -> None:
         """Leave the process group."""
         if torch.distributed.is_available() and torch.distributed.is_initialized():

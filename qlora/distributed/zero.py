@@ -16,10 +16,11 @@ from typing import Any
 import deepspeed
 import torch
 from deepspeed.runtime.zero.parameter_offload import FWD_MODULE_STACK
-from deepspeed.utils import safe_get_full_optimizer_state, set_z3_leaf_modules
+from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state, set_z3_leaf_modules
 from torch import Tensor, nn
 
 from qlora.distributed.collectives import is_partitioned
+from qlora.distributed.engine import MASTER
 from qlora.distributed.mapped import move_to_file
 from qlora.distributed.offload import device_of
 from qlora.distributed.saved import without_gathered_weights
@@ -179,18 +180,25 @@ class ZeroEngine:
         if not self._state_is_linked:
             _link_state(self.model.optimizer)
             self._state_is_linked = True
-        shape = getattr(self.parameters[name], "ds_shape", self.parameters[name].shape)
-        state = {}
-        for key in ("exp_avg", "exp_avg_sq"):
-            value = safe_get_full_optimizer_state(self.parameters[name], key)
-            state[key] = value.detach().reshape(shape).clone()
-        return state
+        parameter = self.parameters[name]
+        state = {key: safe_get_full_optimizer_state(parameter, key) for key in ("exp_avg", "exp_avg_sq")}
+        if parameter.dtype != torch.float32:
+            state[MASTER] = safe_get_full_fp32_param(parameter)
+        shape = getattr(parameter, "ds_shape", parameter.shape)
+        return {key: value.detach().reshape(shape).clone() for key, value in state.items()}
 
     def load_optimizer_state(self, states: dict[str, dict[str, Tensor]], step: int) -> None:
         self._materialize(step)
         for name, state in states.items():
             for key, value in state.items():
-                _set_share(self.parameters[name], key, value)
+                # DeepSpeed's name for the fp32 copy is None.
+                _set_share(self.parameters[name], None if key == MASTER else key, value)
+
+    def loss_scale(self) -> dict[str, float] | None:
+        return None
+
+    def load_loss_scale(self, state: dict[str, float]) -> None:
+        return  # fp16, which alone has one, is refused under DeepSpeed
 
     def _materialize(self, step: int) -> None:
         """Create the state that DeepSpeed's inner optimizer would create at its first step."""
@@ -243,8 +251,8 @@ def _keep_resident(optimizer: Any) -> None:
     offload.persistent_parameters = optimizer.persistent_parameters = chosen
 
 
-def _set_share(parameter: nn.Parameter, key: str, whole: Tensor) -> None:
-    """Write this rank's share of a whole optimizer state tensor."""
+def _set_share(parameter: nn.Parameter, key: str | None, whole: Tensor) -> None:
+    """Write this rank's share of a whole optimizer state tensor, or of the fp32 copy (None)."""
     if not is_partitioned(parameter):
         parameter.set_full_hp_param(whole, key)  # type: ignore[attr-defined]
         return

@@ -6,11 +6,11 @@ import sys
 
 from qlora.checkpoint.resume import Found
 from qlora.config.schema import JobConfig
+from qlora.data.sampler import Split
 from qlora.data.token_store import TokenizedDataset
 from qlora.distributed.runtime import Runtime
 from qlora.lora.report import LoraReport
 from qlora.quant.load import BaseRecord
-from qlora.train.build import split_of
 
 
 def announce(
@@ -21,6 +21,7 @@ def announce(
     rows: TokenizedDataset,
     num_packs: int,
     num_steps: int,
+    split: Split,
     found: Found | None,
 ) -> None:
     """Print the base, the processes, the data, the steps and where they start. Main rank only."""
@@ -42,7 +43,14 @@ def announce(
     ):
         if count:
             print(f"          {count} {what}")
-    print(f"training  {num_steps} steps of {split_of(config, runtime).global_batch_size} packs")
+    print(f"training  {num_steps} steps of {split.global_batch_size} packs")
+    stated = Split(split.world_size, config.train.per_device_train_batch_size, config.train.gradient_accumulation_steps)
+    if found is not None and split != stated:
+        empty = split.num_places - split.global_batch_size
+        print(
+            f"          as with {found.identity.world_size} ranks before: now {split}"
+            + (f", of whose {split.num_places} places {empty} stay empty" if empty else "")
+        )
     print(report)
     if found is not None:
         print(f"resuming  {found.folder} after step {found.trainer.step}")

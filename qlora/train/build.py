@@ -122,9 +122,18 @@ def prepare_engine(config: JobConfig, runtime: Runtime, train_model: TrainModel)
     return engine
 
 
-def split_of(config: JobConfig, runtime: Runtime) -> Split:
-    """How a global batch is shared out over these ranks."""
-    return Split(runtime.world_size, config.train.per_device_train_batch_size, config.train.gradient_accumulation_steps)
+def split_of(config: JobConfig, runtime: Runtime, global_batch_size: int | None = None) -> Split:
+    """How a global batch is shared out over these ranks.
+
+    Args:
+        global_batch_size: one that is kept, in packs, whatever the job file's numbers make with these ranks. They are used
+            as they are where they make it; otherwise no rank gets more packs at once than they say.
+    """
+    size, steps = config.train.per_device_train_batch_size, config.train.gradient_accumulation_steps
+    split = Split(runtime.world_size, size, steps)
+    if global_batch_size is None or global_batch_size == split.global_batch_size:
+        return split
+    return Split.keeping(global_batch_size, runtime.world_size, size)
 
 
 def peak_memory_bytes(device: torch.device) -> int:

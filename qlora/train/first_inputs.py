@@ -17,12 +17,17 @@ from qlora.distributed.runtime import Runtime
 from qlora.lora.from_inputs import start_from_inputs
 from qlora.lora.kinds import WRAPPERS
 from qlora.objective.train_model import LossHead, TrainModel
-from qlora.train.build import split_of
 from qlora.train.preempt import until_stopped
 
 
 def start_from_data(
-    config: JobConfig, runtime: Runtime, train_model: TrainModel, rows: TokenizedDataset, plan: PackPlan, pad_token_id: int
+    config: JobConfig,
+    runtime: Runtime,
+    train_model: TrainModel,
+    rows: TokenizedDataset,
+    plan: PackPlan,
+    pad_token_id: int,
+    global_batch_size: int,
 ) -> None:
     """Set A of the layers of a model that is not prepared yet. Collective.
 
@@ -35,7 +40,7 @@ def start_from_data(
     model = train_model.model
 
     def runs() -> Iterator[tuple[Callable[[], object], torch.Tensor]]:
-        num_packs = config.lora.eva_batches * split_of(config, runtime).global_batch_size
+        num_packs = config.lora.eva_batches * global_batch_size
         for batch in until_stopped(first_batches(config, rows, plan, pad_token_id, num_packs), runtime):
             on_device = batch.to(runtime.device)
             yield partial(_run, model, on_device), on_device.targets_BT != IGNORE

@@ -161,10 +161,15 @@ class EvaluateHook(SilentHook):
 
 
 class CheckpointHook(SilentHook):
-    """A checkpoint every few steps, after the last, and on a stop. Collective."""
+    """A checkpoint every few steps, after the last, and on a stop. Collective.
 
-    def __init__(self, every_steps: int | None, save: Callable[[StepResult], Any]) -> None:
-        self.every_steps, self.save, self.saved = every_steps, save, 0
+    Args:
+        save: begins to save.
+        wait: waits until all is saved.
+    """
+
+    def __init__(self, every_steps: int | None, save: Callable[[StepResult], Any], wait: Callable[[], Any]) -> None:
+        self.every_steps, self.save, self.wait, self.saved = every_steps, save, wait, 0
 
     def after_step(self, result: StepResult, *, is_last: bool) -> None:
         if is_last or (self.every_steps is not None and result.step % self.every_steps == 0):
@@ -174,3 +179,4 @@ class CheckpointHook(SilentHook):
     def finish(self, result: StepResult | None, outcome: str) -> None:
         if result is not None and self.saved != result.step:
             self.save(result)
+        self.wait()

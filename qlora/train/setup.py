@@ -10,28 +10,28 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
-from qlora.adapter.files import adapter_parameters, render_files
 from qlora.checkpoint import resume, state
-from qlora.checkpoint.save import save_checkpoint, set_aside_after
+from qlora.checkpoint.save import set_aside_after
+from qlora.checkpoint.saver import Saver
 from qlora.checkpoint.state import Identity, TrainerState
 from qlora.config.load import dump_config
+from qlora.config.rules import global_batch_rows
 from qlora.config.schema import JobConfig
 from qlora.data.loader import EvalLoader, TrainLoader, plan_packs
 from qlora.data.sampler import Position
 from qlora.distributed import runtime as processes
-from qlora.distributed.collectives import whole_parameters
 from qlora.distributed.engine import Engine
 from qlora.distributed.runtime import Runtime
-from qlora.errors import EXIT_BUG, EXIT_DONE, EXIT_STOPPED, CheckpointError, QloraError, StopRequested
-from qlora.files import write_file
+from qlora.errors import EXIT_DONE, EXIT_STOPPED, QloraError, StopRequested
 from qlora.objective.evaluate import evaluate
 from qlora.quant.source import BaseSource
 from qlora.train.announce import announce
 from qlora.train.build import build_model, check_device, peak_memory_bytes, prepare_engine, split_of
 from qlora.train.dry_run import dry_run as do_dry_run
+from qlora.train.ending import record_early_stop, record_end, record_failure, write_adapter
 from qlora.train.first_inputs import start_from_data
 from qlora.train.hooks import CheckpointHook, EvaluateHook, Hook, MetricsHook, ProgressHook, StatusHook
 from qlora.train.inputs import Data, open_inputs
@@ -76,18 +76,18 @@ def run_training(config: JobConfig, *, dry_run: bool = False, force: bool = Fals
             except StopRequested:
                 raise
             except BaseException as error:
-                _record_failure(run_dir, error)
+                record_failure(run_dir, error)
                 raise
         except StopRequested:
             outcome = "stopped"
-            _record_stop(run_dir, stop)
+            record_early_stop(run_dir, stop)
             runtime.barrier()  # as at the end of training: none leaves before the main rank has written
         finally:
             runtime.end()
         return EXIT_STOPPED if outcome == "stopped" else EXIT_DONE
     except StopRequested:
         # Before the ranks have met. The launcher sees this one end, and asks the others.
-        _record_stop(run_dir, stop)
+        record_early_stop(run_dir, stop)
         return EXIT_STOPPED
     except QloraError:
         if run_dir is not None:
@@ -125,41 +125,6 @@ def _own_run_dir(config: JobConfig, stop: StopFlag) -> tuple[RunDir | None, Call
     return run_dir, lambda: None
 
 
-def _record_stop(run_dir: RunDir | None, stop: StopFlag) -> None:
-    """Say in status.json that the job was stopped before it had done a step."""
-    if run_dir is None:
-        return
-    done = state.committed(run_dir.path)
-    print(f"stopped on request ({_reason(stop)}) before the first step; start the job again", flush=True)
-    run_dir.write_status(
-        "stopped",
-        state.step_of(done[-1]) if done else 0,
-        exit_code=EXIT_STOPPED,
-        reason=f"{_reason(stop)}, before the first step of this start",
-        resumable=bool(done),
-    )
-
-
-def _reason(stop: StopFlag) -> str:
-    return stop.reason or "another rank was asked to stop"
-
-
-def _record_failure(run_dir: RunDir | None, error: BaseException) -> None:
-    """Say in status.json how it ended; a job refused before its first step leaves nothing behind."""
-    if run_dir is None:
-        return
-    if isinstance(error, QloraError) and run_dir.discard():
-        return
-    done = state.committed(run_dir.path)
-    run_dir.write_status(
-        "failed",
-        state.step_of(done[-1]) if done else 0,
-        exit_code=error.exit_code if isinstance(error, QloraError) else EXIT_BUG,
-        reason=f"{type(error).__name__}: {error}",
-        resumable=bool(done),
-    )
-
-
 def _train(
     config: JobConfig,
     runtime: Runtime,
@@ -173,14 +138,6 @@ def _train(
     """Everything between the locked run directory and the final adapter. Collective."""
     folder = Path(config.train.output_dir)
     plan = plan_packs(data.rows, config.data, config.train.seed)
-    loader = TrainLoader(
-        data.rows,
-        plan,
-        split=split_of(config, runtime),
-        rank=runtime.rank,
-        seed=config.train.seed,
-        pad_token_id=data.pad_token_id,
-    )
     identity = Identity(
         base=source.record(),
         data=data.rows.fingerprint,
@@ -189,6 +146,7 @@ def _train(
         world_size=runtime.world_size,
         mode=runtime.mode,
         versions=state.stack_versions(),
+        global_batch_size=global_batch_rows(config, runtime.world_size),
     )
     runtime.refuse_differences(
         {
@@ -200,38 +158,27 @@ def _train(
     )
     # Before the base is read, which may take minutes.
     found = runtime.from_main(lambda: _find_checkpoint(config, folder, identity, force))
+    split = split_of(config, runtime, resume.global_batch_of(found, config, runtime.world_size))
+    identity = replace(identity, global_batch_size=split.global_batch_size)
+    runtime.share_out(split.per_device_batch_size, split.accumulation_steps)
+    loader = TrainLoader(
+        data.rows, plan, split=split, rank=runtime.rank, seed=config.train.seed, pad_token_id=data.pad_token_id
+    )
     resumed = found.folder if found is not None else None
     model, train_model, report = build_model(config, runtime, force=force, resumed=resumed)
     stop_here(runtime)
     if config.lora.init_lora_weights == "eva" and found is None:
-        start_from_data(config, runtime, train_model, data.rows, plan, data.pad_token_id)
+        start_from_data(config, runtime, train_model, data.rows, plan, data.pad_token_id, split.global_batch_size)
     if found is not None:
         resume.load_parameters(found, model)
     engine = prepare_engine(config, runtime, train_model)
     stop_here(runtime)
     if found is not None:
         resume.load_optimizer(found, model, engine)
-    trainer = found.trainer if found is not None else TrainerState(0, 0, 0, 0, 0)
+    trainer = found.trainer if found is not None else TrainerState(0, 0, 0, 0)
     num_steps = config.train.max_steps or loader.schedule.num_steps(config.train.num_train_epochs)
     if runtime.is_main:
-        announce(config, runtime, model.qlora_base, report, data.rows, len(plan), num_steps, found)
-
-    def save(result: StepResult) -> None:
-        save_checkpoint(
-            folder,
-            model,
-            engine,
-            TrainerState(
-                result.step,
-                result.position.global_index,
-                result.num_tokens,
-                result.num_target_tokens,
-                result.num_skipped,
-            ),
-            identity,
-            runtime=runtime,
-            keep_last=config.checkpoint.keep_last,
-        )
+        announce(config, runtime, model.qlora_base, report, data.rows, len(plan), num_steps, split, found)
 
     def write_start(run_dir: RunDir) -> None:
         for aside in set_aside_after(folder, trainer.step):
@@ -242,84 +189,64 @@ def _train(
     runtime.from_main(lambda: write_start(run_dir) if run_dir is not None else None)
     # Under --force the global batch may be another one: steps go on counting, and the data starts where they stand.
     position = loader.schedule.position_of_step(trainer.step) if force else Position(trainer.global_index)
-    job = Job(
-        config=config,
-        runtime=runtime,
-        engine=engine,
-        loader=loader,
-        hooks=_hooks(
-            config,
-            runtime,
-            run_dir,
-            engine,
-            data,
-            num_steps,
-            save,
-            NonFiniteHook(
-                folder,
-                runtime,
-                loader,
-                most_in_a_row=config.train.max_nonfinite_steps,
-                position=position,
-                num_micro_steps=config.train.gradient_accumulation_steps,
-                skips_overflow=engine.skips_overflow,
-                decode=data.tokenizer.decode,
-            ),
-        ),
-        num_steps=num_steps,
+    nonfinite = NonFiniteHook(
+        folder,
+        runtime,
+        loader,
+        most_in_a_row=config.train.max_nonfinite_steps,
         position=position,
-        counters=Counters(trainer.num_tokens, trainer.num_target_tokens, trainer.num_skipped),
-        stop=stop,
+        num_micro_steps=split.accumulation_steps,
+        skips_overflow=engine.skips_overflow,
+        decode=data.tokenizer.decode,
     )
-    outcome = train(job)
+    with Saver(folder, model, engine, identity, runtime=runtime, keep_last=config.checkpoint.keep_last) as saver:
+        if runtime.is_main:
+            stop.watch(saver.failure)
+        job = Job(
+            config=config,
+            runtime=runtime,
+            engine=engine,
+            loader=loader,
+            hooks=_hooks(config, runtime, run_dir, engine, data, saver, nonfinite),
+            num_steps=num_steps,
+            position=position,
+            counters=Counters(trainer.num_tokens, trainer.num_target_tokens, trainer.num_skipped),
+            stop=stop,
+        )
+        outcome = train(job)
     if runtime.is_main and config.logging.trackers:
         runtime.accelerator.end_training()
     if outcome == "done":
-        _write_adapter(runtime, model, folder / "adapter", model_card(config, identity, report, num_steps))
-    if run_dir is not None:
-        step = num_steps if outcome == "done" else state.step_of(state.committed(folder)[-1])
-        code = EXIT_DONE if outcome == "done" else EXIT_STOPPED
-        if outcome == "stopped":
-            print(f"stopped on request ({_reason(stop)}) after step {step}, saved; start the job again to go on", flush=True)
-        reason = _reason(stop) if outcome == "stopped" else None
-        run_dir.write_status(
-            outcome, step, num_steps=num_steps, exit_code=code, reason=reason, resumable=outcome == "stopped"
-        )
+        write_adapter(runtime, model, folder / "adapter", model_card(config, identity, report, num_steps))
+    record_end(run_dir, outcome, num_steps, stop)
     # A launcher that sees one rank end with another code than 0 ends the others at once: none may leave before the
     # main rank has written everything.
     runtime.barrier()
     return outcome
 
 
-def _write_adapter(runtime: Runtime, model: Any, folder: Path, card: str) -> None:
-    """Gather the final adapter and write it beside its card. Collective. Raises CheckpointError on every rank."""
-    values = whole_parameters(adapter_parameters(model), keep=runtime.is_main)
-
-    def write() -> None:
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-            for name, content in {**render_files(model, values), "README.md": card.encode()}.items():
-                write_file(folder / name, content)
-        except OSError as error:
-            raise CheckpointError(
-                f"the adapter cannot be written ({error.strerror})",
-                place=str(folder),
-                next_step="make room and start the job again: it goes on from its last checkpoint",
-            ) from error
-        print(f"adapter: {folder}", flush=True)
-
-    runtime.from_main(write)
-
-
 def _find_checkpoint(config: JobConfig, folder: Path, identity: Identity, force: bool) -> resume.Found | None:
     """The checkpoint to go on from, checked against this job. Main rank only."""
     found = resume.find_checkpoint(folder, config.checkpoint.resume)
     if found is not None:
-        for line in resume.check_identity(found, identity, force=force):
+        job = replace(identity, global_batch_size=resume.global_batch_of(found, config, identity.world_size))
+        for line in resume.check_identity(found, job, force=force):
             print(f"warning: --force: {line}; the run no longer continues exactly", file=sys.stderr, flush=True)
-        if changed := resume.changed_versions(found, identity):
+        if changed := resume.changed_versions(found, job):
             print(f"warning: {changed}: the run may not continue to the last bit", file=sys.stderr, flush=True)
     return found
+
+
+def _state_of(result: StepResult, engine: Engine) -> TrainerState:
+    """What a checkpoint says of where training stands after a step."""
+    return TrainerState(
+        result.step,
+        result.position.global_index,
+        result.num_tokens,
+        result.num_target_tokens,
+        result.num_skipped,
+        engine.loss_scale(),
+    )
 
 
 def _hooks(
@@ -328,8 +255,7 @@ def _hooks(
     run_dir: RunDir | None,
     engine: Engine,
     data: Data,
-    num_steps: int,
-    save: Callable[[StepResult], None],
+    saver: Saver,
     nonfinite: NonFiniteHook,
 ) -> list[Hook]:
     """What runs beside training on this rank."""
@@ -348,7 +274,9 @@ def _hooks(
     # What is not to be saved is found before it is.
     hooks.append(nonfinite)
     # Before the evaluation, which may be long: a step that was trained is not lost to it.
-    hooks.append(CheckpointHook(config.checkpoint.every_steps, save))
+    hooks.append(
+        CheckpointHook(config.checkpoint.every_steps, lambda result: saver.save(_state_of(result, engine)), saver.wait)
+    )
     if data.eval_rows is not None:
         loader = EvalLoader(
             data.eval_rows,

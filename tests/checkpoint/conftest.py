@@ -21,7 +21,7 @@ Write = Callable[..., Path]
 @pytest.fixture
 def identity() -> Identity:
     config: dict[str, Any] = JobConfig().model_dump(mode="json")
-    return Identity({"name": "b", "revision": None, "fingerprint": "f"}, "data", "plan", config, 2, "ddp", {"torch": "2"})
+    return Identity({"name": "b", "revision": None, "fingerprint": "f"}, "data", "plan", config, 2, "ddp", {"torch": "2"}, 2)
 
 
 @pytest.fixture

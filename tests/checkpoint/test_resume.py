@@ -19,8 +19,9 @@ from torch import nn
 import qlora
 from qlora.checkpoint import resume, state
 from qlora.checkpoint.resume import changed_versions, check_identity, find_checkpoint
-from qlora.checkpoint.save import save_checkpoint
+from qlora.checkpoint.saver import Saver
 from qlora.checkpoint.state import Identity, TrainerState
+from qlora.config.schema import JobConfig
 from qlora.distributed.engine import PlainEngine
 from qlora.errors import CheckpointError
 
@@ -154,8 +155,26 @@ def test_the_same_job_is_taken(found: resume.Found, identity: Identity) -> None:
 def test_ranks_may_change_while_the_global_batch_stays(found: resume.Found, identity: Identity) -> None:
     other = with_config(identity, "train", per_device_train_batch_size=2, output_dir="elsewhere")
     assert check_identity(found, replace(other, world_size=1, mode="zero3"), force=False) == []
-    with pytest.raises(CheckpointError, match="world_size: 2 then, 4 now"):
-        check_identity(found, replace(identity, world_size=4), force=False)
+    assert check_identity(found, replace(identity, world_size=4), force=False) == []
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 3, 64])
+def test_a_job_that_says_the_same_keeps_the_global_batch(found: resume.Found, world_size: int) -> None:
+    job = JobConfig()
+    assert resume.global_batch_of(found, job, world_size) == 2
+    assert resume.global_batch_of(None, job, world_size) == world_size
+    doubled = JobConfig.model_validate({"train": {"per_device_train_batch_size": 2}})
+    assert resume.global_batch_of(found, doubled, world_size) == 2 * world_size
+
+
+def test_another_global_batch_is_refused_and_how_to_keep_it_said(found: resume.Found, identity: Identity) -> None:
+    other = with_config(identity, "train", gradient_accumulation_steps=3)
+    with pytest.raises(CheckpointError) as raised:
+        check_identity(found, replace(other, world_size=3, global_batch_size=9), force=False)
+    said = str(raised.value)
+    assert "global batch: 2 packs then (2 ranks), 9 now (3 ranks)" in said
+    assert "as they were, any number of ranks keeps the 2" in said
+    assert "train.gradient_accumulation_steps: 1 then, 3 now" in said
 
 
 def test_every_difference_is_named_at_once_and_force_returns_them(found: resume.Found, identity: Identity) -> None:
@@ -221,8 +240,14 @@ def work(engine: PlainEngine, first: int, last: int) -> None:
 
 
 def save(run_dir: Path, identity: Identity, model: nn.Module, engine: PlainEngine, step: int) -> Path:
-    trainer = TrainerState(step, step, 0, 0)
-    return save_checkpoint(run_dir, model, engine, trainer, identity, runtime=RUNTIME, keep_last=9)
+    return save_state(run_dir, identity, model, engine, TrainerState(step, step, 0, 0))
+
+
+def save_state(run_dir: Path, identity: Identity, model: nn.Module, engine: PlainEngine, trainer: TrainerState) -> Path:
+    saver = Saver(run_dir, model, engine, identity, runtime=RUNTIME, keep_last=9)
+    saver.save(trainer)
+    saver.wait()
+    return run_dir / state.FOLDER / state.folder_name(trainer.step)
 
 
 def resume_from(run_dir: Path, model: nn.Module) -> PlainEngine:
@@ -296,6 +321,7 @@ def test_trainer_state_is_plain_numbers(found: resume.Found) -> None:
         "num_tokens": 300,
         "num_target_tokens": 30,
         "num_skipped": 0,
+        "loss_scale": None,
     }
 
 
@@ -318,7 +344,7 @@ def test_a_run_with_skipped_steps_goes_on_to_the_last_bit(
     first, engine = toy()
     work_and_skip(engine, 0, 2)
     trainer = TrainerState(2, 2, 0, 0, num_skipped=len(skipped))
-    save_checkpoint(run_dir, first, engine, trainer, identity, runtime=RUNTIME, keep_last=9)
+    save_state(run_dir, identity, first, engine, trainer)
     second, _ = toy()
     work_and_skip(resume_from(run_dir, second), 2, 5)
     for (name, a), (_, b) in zip(whole.named_parameters(), second.named_parameters(), strict=True):

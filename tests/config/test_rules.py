@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from qlora.config.problems import Keys, dotted
-from qlora.config.rules import changed_keys, check_job
+from qlora.config.rules import changed_keys, check_job, global_batch_rows, same_batch_keys
 from qlora.config.schema import JobConfig
 from qlora.errors import ConfigError
 
@@ -209,7 +209,7 @@ def another(key: str) -> object:
 @pytest.mark.parametrize("key", [key for key in ALL_KEYS if key not in SECTIONS])
 def test_each_key_is_classed(key: str) -> None:
     """The contract: output_dir, what is borne, logging, eval and checkpoint may change; the rest is refused."""
-    (change,) = changed_keys(JobConfig(), with_value(key, another(key)), old_world_size=2, new_world_size=2)
+    (change,) = changed_keys(JobConfig(), with_value(key, another(key)), old_global_batch=2, new_global_batch=3)
     assert change.key == key
     alone = ("train.output_dir", "train.max_nonfinite_steps")
     assert change.safe == (key in alone or key.split(".")[0] in ("logging", "eval", "checkpoint"))
@@ -218,7 +218,7 @@ def test_each_key_is_classed(key: str) -> None:
 
 
 def test_quantization_can_vanish() -> None:
-    changes = changed_keys(JobConfig(), with_value("model.quantization", None), old_world_size=1, new_world_size=1)
+    changes = changed_keys(JobConfig(), with_value("model.quantization", None), old_global_batch=1, new_global_batch=1)
     assert changes
     assert not any(change.safe for change in changes)
 
@@ -226,10 +226,9 @@ def test_quantization_can_vanish() -> None:
 @pytest.mark.parametrize(
     ("old", "new", "safe"),
     [
-        ((2, 4, 1), (4, 2, 1), {"world_size": True, "train.gradient_accumulation_steps": True}),
-        ((2, 4, 1), (1, 4, 2), {"world_size": True, "train.per_device_train_batch_size": True}),
-        ((2, 4, 1), (2, 4, 1), {}),
-        ((2, 4, 1), (1, 4, 1), {"world_size": False}),
+        ((2, 4, 1), (4, 2, 1), {"train.gradient_accumulation_steps": True}),
+        ((2, 4, 1), (1, 4, 2), {"train.per_device_train_batch_size": True}),
+        ((2, 4, 1), (1, 4, 1), {}),
         ((2, 4, 1), (2, 2, 1), {"train.gradient_accumulation_steps": False}),
         (
             (2, 4, 1),
@@ -239,9 +238,17 @@ def test_quantization_can_vanish() -> None:
     ],
 )
 def test_the_global_batch_decides_about_its_factors(old: tuple, new: tuple, safe: dict[str, bool]) -> None:
-    def with_batch(shape: tuple[int, int, int]) -> JobConfig:
-        train = {"gradient_accumulation_steps": shape[1], "per_device_train_batch_size": shape[2]}
-        return JobConfig.model_validate({"train": train})
-
-    changes = changed_keys(with_batch(old), with_batch(new), old_world_size=old[0], new_world_size=new[0])
+    before, after = with_batch(*old), with_batch(*new)
+    changes = changed_keys(
+        before,
+        after,
+        old_global_batch=global_batch_rows(before, old[0]),
+        new_global_batch=global_batch_rows(after, new[0]),
+    )
     assert {change.key: change.safe for change in changes} == safe
+    assert same_batch_keys(before, after) == (not safe)
+
+
+def with_batch(world_size: int, accumulation: int, rows: int) -> JobConfig:
+    train = {"gradient_accumulation_steps": accumulation, "per_device_train_batch_size": rows}
+    return JobConfig.model_validate({"train": train})

@@ -196,9 +196,11 @@ def test_checkpoints_come_in_their_turn_at_the_end_and_on_a_stop_once(
     every: int | None, stop_at: int | None, wanted: list[int]
 ) -> None:
     saved: list[int] = []
-    hook = CheckpointHook(every, lambda result: saved.append(result.step))
+    waited: list[list[int]] = []
+    hook = CheckpointHook(every, lambda result: saved.append(result.step), lambda: waited.append(list(saved)))
     drive(hook, 5, stop_at)
     assert saved == wanted
+    assert waited == [wanted]  # once, when all is handed over
     hook.finish(None, "done")
     assert saved == wanted
 
