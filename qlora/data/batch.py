@@ -38,6 +38,7 @@ class Batch:
         attention_mask_BT: padded form: bool, True where there is a token; None in the packed form.
         num_tokens: tokens that are not padding; 0 marks an empty batch, which only keeps a rank in step.
         num_target_tokens: places of targets_BT other than `IGNORE`.
+        packs: number and tokens of each pack, in the order of tokens; () where it is not known.
     """
 
     input_ids_BT: torch.Tensor
@@ -47,6 +48,7 @@ class Batch:
     attention_mask_BT: torch.Tensor | None
     num_tokens: int
     num_target_tokens: int
+    packs: tuple[tuple[int, int], ...] = ()
 
     def __post_init__(self) -> None:
         shape = self.input_ids_BT.shape
@@ -63,6 +65,8 @@ class Batch:
         mask = self.attention_mask_BT
         if mask is not None and (mask.shape != shape or mask.dtype != torch.bool):
             raise ValueError(f"attention_mask_BT is {tuple(mask.shape)} {mask.dtype}, wanted {tuple(shape)} bool")
+        if self.packs and sum(length for _, length in self.packs) != self.num_tokens:
+            raise ValueError(f"packs {self.packs} of {self.num_tokens} tokens")
         if self.is_empty and self.num_target_tokens:
             raise ValueError(f"an empty batch with {self.num_target_tokens} targets")
         # Values are looked at where the batch is made; on an accelerator it would make the device wait.

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -156,10 +156,13 @@ class _PackRows:
         self._pad_token_id = pad_token_id
 
     def batch(self, packs: Sequence[int]) -> Batch:
-        rows = [self._dataset.row(int(document)) for number in packs for document in self._plan[number]]
-        if not rows:
+        rows = [[self._dataset.row(int(document)) for document in self._plan[number]] for number in packs]
+        documents = [document for own in rows for document in own]
+        if not documents:
             return empty_batch(self._pad_token_id, is_packed=self._plan.is_packed)
-        return collate_packed(rows) if self._plan.is_packed else collate_padded(rows, self._pad_token_id)
+        batch = collate_packed(documents) if self._plan.is_packed else collate_padded(documents, self._pad_token_id)
+        lengths = (sum(len(input_ids) for input_ids, _ in own) for own in rows)
+        return replace(batch, packs=tuple(zip(packs, lengths, strict=True)))
 
     def documents(self, packs: Sequence[int]) -> list[tuple[int, list[int]]]:
         """Number and token ids of each document of packs."""

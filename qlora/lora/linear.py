@@ -152,6 +152,7 @@ class LoraLinear(LoraLayer):
             self.lora_B[name],
             update.scaling,
             update.dropout if self.training else 0.0,
+            layer=update.layer,
             lora_bias_O=self.lora_bias[name] if update.lora_bias else None,
             magnitude_O=self.lora_magnitude_vector[name] if update.use_dora else None,
         )

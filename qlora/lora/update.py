@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import math
 import re
+import zlib
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TypeVar
 
 from qlora.config.schema import LoraConfig
@@ -23,6 +24,7 @@ class Update:
         dropout: probability of dropping an input of A in training.
         use_dora: the columns' directions and their magnitude are trained apart (Liu et al. 2024, equation 5).
         lora_bias: B has a bias, scaled as its product is.
+        layer: a number of the layer, made of its path, from which its dropout is drawn.
     """
 
     r: int
@@ -30,6 +32,7 @@ class Update:
     dropout: float = 0.0
     use_dora: bool = False
     lora_bias: bool = False
+    layer: int = field(default=0, compare=False)
 
     @classmethod
     def of(cls, config: LoraConfig, path: str) -> Update:
@@ -37,7 +40,8 @@ class Update:
         r = by_pattern(config.rank_pattern, path, config.r)
         alpha = by_pattern(config.alpha_pattern, path, config.lora_alpha)
         scaling = alpha / (math.sqrt(r) if config.use_rslora else r)
-        return cls(r, scaling, config.lora_dropout, config.use_dora, config.lora_bias)
+        layer = zlib.crc32(path.encode()) or 1
+        return cls(r, scaling, config.lora_dropout, config.use_dora, config.lora_bias, layer)
 
 
 def by_pattern(patterns: Mapping[str, T], path: str, default: T) -> T:

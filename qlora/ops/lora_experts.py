@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from qlora.ops.lora_linear import dropout_mask
+from qlora.ops.dropout import dropout_mask
 
 
 class Routing:

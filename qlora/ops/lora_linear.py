@@ -8,7 +8,7 @@ Dropout is of the input of A alone, as in plain LoRA. PEFT's DoRA multiplies the
 without dropout, and in evaluation, both are the same function.
 
 W is frozen and is asked for when it is needed, in forward and again in backward, by calling `read_weight`. What stays
-alive in between is the input, nothing that was dequantized or gathered. Dropout is drawn again from its seed.
+alive in between is the input, nothing that was dequantized or gathered. Dropout is drawn again.
 
 Shapes: T tokens, I inputs, O outputs, R the rank of the update.
 
@@ -34,6 +34,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from qlora.ops.dropout import Draw, draw
+
 # Weights whose update is added to them at one time for a row norm: bounds what is made in fp32.
 NORM_ELEMENTS = 1 << 20
 
@@ -47,6 +49,7 @@ def lora_linear(
     scaling: float,
     dropout: float = 0.0,
     *,
+    layer: int = 0,
     lora_bias_O: Tensor | None = None,
     magnitude_O: Tensor | None = None,
 ) -> Tensor:
@@ -61,6 +64,7 @@ def lora_linear(
         lora_A_RI, lora_B_OR: trainable, any float dtype; None for the frozen linear alone.
         scaling: s.
         dropout: probability of dropping an input of A; 0 costs nothing.
+        layer: the number from which `ops.dropout` draws for this layer.
         lora_bias_O: c, the bias of B, or None; not together with a magnitude.
         magnitude_O: m, or None for plain LoRA.
 
@@ -72,12 +76,12 @@ def lora_linear(
         with torch.autocast(x.device.type, enabled=False):
             return lora_linear(
                 x, read_weight, bias_O, lora_A_RI, lora_B_OR, scaling, dropout,
-                lora_bias_O=lora_bias_O, magnitude_O=magnitude_O,
+                layer=layer, lora_bias_O=lora_bias_O, magnitude_O=magnitude_O,
             )  # fmt: skip
-    # Drawn on the host from the default generator, so that recomputation, which restores it, draws the same.
-    seed = int(torch.randint(0, 2**62, ())) if dropout > 0 and lora_A_RI is not None else 0
+    x_TI = x.reshape(-1, x.shape[-1])
+    drawn = draw(len(x_TI), layer) if dropout > 0 and lora_A_RI is not None else None
     y_TO = _LoraLinear.apply(
-        x.reshape(-1, x.shape[-1]),
+        x_TI,
         lora_A_RI,
         lora_B_OR,
         lora_bias_O,
@@ -86,16 +90,9 @@ def lora_linear(
         bias_O,
         scaling,
         dropout,
-        seed,
+        drawn,
     )
     return y_TO.reshape(*x.shape[:-1], y_TO.shape[-1])
-
-
-def dropout_mask(like: Tensor, dropout: float, seed: int) -> Tensor:
-    """Multipliers of dropout, 0 or 1/(1-p), shape, dtype and device of `like`; a function of the seed alone."""
-    generator = torch.Generator(device=like.device).manual_seed(seed)
-    keep = torch.rand(like.shape, generator=generator, device=like.device) >= dropout
-    return keep.to(like.dtype).div_(1.0 - dropout)
 
 
 def row_norms(weight_OI: Tensor, lora_A_RI: Tensor, lora_B_OR: Tensor, scaling: float) -> Tensor:
@@ -131,13 +128,13 @@ class _LoraLinear(torch.autograd.Function):
         bias_O: Tensor | None,
         scaling: float,
         dropout: float,
-        seed: int,
+        drawn: Draw | None,
     ) -> Tensor:
         ctx.save_for_backward(x_TI)
         # Kept as the parameters themselves, not as saved tensors: recomputation compares the shapes of saved tensors, and
         # a frozen parameter that ZeRO-3 has partitioned in the meantime has shape (0,).
         ctx.lora_A, ctx.lora_B, ctx.lora_bias, ctx.magnitude = lora_A_RI, lora_B_OR, lora_bias_O, magnitude_O
-        ctx.read_weight, ctx.scaling, ctx.dropout, ctx.seed = read_weight, scaling, dropout, seed
+        ctx.read_weight, ctx.scaling, ctx.dropout, ctx.drawn = read_weight, scaling, dropout, drawn
         weight_OI = read_weight()
         in_dtype, dtype = x_TI.dtype, weight_OI.dtype
         x_TI = x_TI.to(dtype)
@@ -147,7 +144,7 @@ class _LoraLinear(torch.autograd.Function):
             return y_TO.to(in_dtype)
         norms_O = None if magnitude_O is None else row_norms(weight_OI, lora_A_RI, lora_B_OR, scaling)
         del weight_OI
-        dropped_TI = x_TI * dropout_mask(x_TI, dropout, seed) if dropout > 0 else x_TI
+        dropped_TI = x_TI if drawn is None else x_TI * drawn.mask(x_TI, dropout)
         h_TR = dropped_TI @ lora_A_RI.to(dtype).T
         if norms_O is not None:
             ctx.norms_O, dtype = norms_O, norms_O.dtype
@@ -181,7 +178,7 @@ class _LoraLinear(torch.autograd.Function):
         del weight_OI
         if lora_A is not None and lora_B is not None:
             x_TI = x_TI.to(dtype)
-            mask_TI = dropout_mask(x_TI, ctx.dropout, ctx.seed) if ctx.dropout > 0 else None
+            mask_TI = None if ctx.drawn is None else ctx.drawn.mask(x_TI, ctx.dropout)
             dropped_TI = x_TI if mask_TI is None else x_TI * mask_TI
             A_RI, B_OR = lora_A.to(dtype), lora_B.to(dtype)
             if need_B or z_TO is not None:

@@ -10,8 +10,8 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from qlora.ops import lora_experts
+from qlora.ops.dropout import dropout_mask
 from qlora.ops.lora_experts import Routing, expert_delta, lora_experts_linear, per_expert, route
-from qlora.ops.lora_linear import dropout_mask
 
 T, K, E, I, O, R = 9, 2, 5, 8, 6, 3  # noqa: E741  the shape letters of the module under test
 S = T * K

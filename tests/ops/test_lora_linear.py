@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import CheckpointError, checkpoint
 
-from qlora.ops.lora_linear import dropout_mask, lora_linear, row_norms
+from qlora.ops.dropout import dropout_mask
+from qlora.ops.lora_linear import lora_linear, row_norms
 
 T, I, O, R = 12, 20, 16, 4  # noqa: E741  the shape letters of the module under test
 SCALING = 1.75
