@@ -21,9 +21,13 @@ class QloraError(Exception):
         found: what was there.
         wanted: what would have been accepted.
         next_step: what the user can do now.
+
+    Attributes:
+        of_one_rank: the other ranks do not say the same, so that the one it comes up on says all of it.
     """
 
     exit_code = EXIT_USER_ERROR
+    of_one_rank = False
 
     def __init__(
         self,
@@ -71,6 +75,12 @@ class CheckpointError(QloraError):
 
 class LaunchError(QloraError):
     """The processes were not started the way the job needs them."""
+
+
+class RankError(QloraError):
+    """A rank of the job died, hangs or failed, and the others cannot go on without it. Nothing in the job file is wrong."""
+
+    exit_code = EXIT_BUG
 
 
 class StopRequested(BaseException):

@@ -41,6 +41,13 @@ def write_file(path: Path, content: Content) -> None:
     sync_folder(path.parent)
 
 
+def sweep_unfinished(folder: Path) -> None:
+    """Remove what killed processes left of `write_file`. Raises OSError. Rank-local; for the only one who writes there."""
+    for leftover in folder.glob(".*.tmp"):
+        if leftover.name.split(".")[-2].isdigit():
+            leftover.unlink(missing_ok=True)
+
+
 def sync_folder(folder: Path) -> None:
     """Make renames and new names in a folder survive a loss of power."""
     handle = os.open(folder, os.O_RDONLY)

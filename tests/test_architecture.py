@@ -27,7 +27,7 @@ LAYERS = (
     ("distributed",),
     ("ops",),
     ("config", "model_files"),
-    ("errors", "files", "version"),  # each stands alone
+    ("errors", "files", "secrets", "version"),  # each stands alone
 )
 LEVEL = {name: len(LAYERS) - depth for depth, names in enumerate(LAYERS) for name in names}
 TOP = len(LAYERS) + 1  # qlora/__init__.py and qlora/__main__.py stand above everything
@@ -45,6 +45,7 @@ TORCH_FREE = (
     "qlora.errors",
     "qlora.files",
     "qlora.model_files",
+    "qlora.secrets",
     "qlora.version",
 )
 HEAVY = ("torch", "transformers", "accelerate", "deepspeed", "bitsandbytes", "datasets", "peft")

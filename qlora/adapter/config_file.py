@@ -15,12 +15,21 @@ from typing import Any
 
 from qlora.adapter import selection
 from qlora.adapter.folder import read_json, short
+from qlora.adapter.patterns import refuse_slow, texts_in
 from qlora.adapter.residual import INITIAL_NAME
 from qlora.config.schema import LoraConfig
 from qlora.errors import AdapterError
 from qlora.lora.target import ends_with, shortest_suffixes
 
 CONFIG_NAME = "adapter_config.json"
+WITH_PATTERNS = (
+    "rank_pattern",
+    "alpha_pattern",
+    "target_modules",
+    "exclude_modules",
+    "layers_pattern",
+    "modules_to_save",
+)
 MAX_NUMBER = 2**31  # of a rank or lora_alpha: what is above overflows in other readers
 # Fields that are applied, or do not change what a loaded adapter computes. Any other must be off, also one that is not
 # known yet. Which modules are adapted is read from the tensors' names.
@@ -200,6 +209,8 @@ def read(folder: Path) -> AdapterConfig:
         raise AdapterError("not a LoRA adapter", place=str(path), found=fields.get("peft_type"), wanted="peft_type LORA")
     for key, value in fields.items():
         _check_field(key, value, path)
+    for key in WITH_PATTERNS:
+        refuse_slow(texts_in(fields.get(key)), key, path)
     dropout = fields.get("lora_dropout") or 0.0
     if isinstance(dropout, bool) or not isinstance(dropout, (int, float)) or not 0 <= dropout < 1:
         raise AdapterError("lora_dropout is not a number from 0 to below 1", place=str(path), found=short(dropout))

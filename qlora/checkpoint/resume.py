@@ -12,11 +12,12 @@ from torch import Tensor, nn
 
 from qlora.adapter.files import adapter_parameters, open_adapter
 from qlora.checkpoint import state
+from qlora.checkpoint.reading import is_listed, read_bytes
 from qlora.checkpoint.state import Identity, TrainerState
 from qlora.config.rules import changed_keys, global_batch_rows, same_batch_keys
 from qlora.config.schema import JobConfig, QuantizationConfig
 from qlora.distributed.collectives import set_whole, whole_shape
-from qlora.distributed.engine import MASTER, Engine
+from qlora.distributed.engine import Engine
 from qlora.errors import CheckpointError
 from qlora.quant import shards
 from qlora.quant.source import fingerprints_of
@@ -44,7 +45,7 @@ def find_checkpoint(run_dir: Path, resume: str) -> Found | None:
         return None
     if resume != "auto":
         folder = Path(resume)
-        if not (folder / state.COMMITTED).is_file():
+        if not is_listed(folder / state.COMMITTED):
             raise CheckpointError(
                 "not a committed checkpoint", place=str(folder), wanted="a folder such as RUN_DIR/checkpoints/step-00000100"
             )
@@ -72,7 +73,7 @@ def _open(folder: Path) -> Found:
         if Path(name).name != name or path.is_symlink():
             raise CheckpointError(f"the manifest names a file outside its folder: {name}", place=str(folder))
         try:
-            content = path.read_bytes()
+            content = read_bytes(path)
         except OSError as error:
             raise CheckpointError(f"{name} cannot be read ({error.strerror})", place=str(folder)) from error
         if len(content) != recorded["size"]:
@@ -82,7 +83,7 @@ def _open(folder: Path) -> Found:
             )  # fmt: skip
         if state.sha256_of(content) != recorded["sha256"]:
             raise CheckpointError(f"{name} does not match its checksum", place=str(folder))
-    trainer = TrainerState(**json.loads((folder / state.STATE_NAME).read_text()))
+    trainer = TrainerState(**json.loads(read_bytes(folder / state.STATE_NAME)))
     return Found(folder, trainer, manifest.identity)
 
 
@@ -202,7 +203,7 @@ def load_optimizer(found: Found, model: nn.Module, engine: Engine) -> None:
             raise CheckpointError(f"the optimizer state of {key} has no parameter here", place=str(found.folder))
         states[own[key]][part] = entry.read_whole()
     # A parameter that no gradient has reached yet, in a layer that the data does not use, has no moments anywhere.
-    empty = [key for key, name in own.items() if not states[name].keys() - {MASTER}]
+    empty = [key for key, name in own.items() if not states[name]]
     num_updates = found.trainer.step - found.trainer.num_skipped
     if len(empty) == len(own) and num_updates > 0:
         raise CheckpointError(
@@ -229,4 +230,5 @@ def _check_names(
             f"{len(wrong)} tensors of the {what} do not fit this job",
             place=str(found.folder),
             found="\n         ".join(wrong[:5]),
+            next_step="undo what changed these tensors, or start a new run in another train.output_dir",
         )

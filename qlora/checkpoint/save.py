@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from qlora.checkpoint import state
+from qlora.checkpoint.reading import is_listed
 from qlora.checkpoint.state import Identity, Manifest
 from qlora.errors import CheckpointError
 from qlora.files import Content, chunks_of, sync_folder
@@ -112,6 +113,6 @@ def sweep(parent: Path) -> None:
     """Remove what interrupted saves and prunings left."""
     leftovers = [path for pattern in (".step-*.tmp", ".step-*.trash") for path in parent.glob(pattern)]
     # Renamed, and then never committed.
-    leftovers += [path for path in state.numbered(parent) if not (path / state.COMMITTED).exists()]
+    leftovers += [path for path in state.numbered(parent) if not is_listed(path / state.COMMITTED)]
     for leftover in leftovers:
         shutil.rmtree(leftover)

@@ -5,9 +5,11 @@ Only the gathering holds the training up. One checkpoint is written at a time; t
 
 from __future__ import annotations
 
+import os
 import sys
 import threading
-from collections.abc import Mapping
+import time
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict
 from json import dumps
 from pathlib import Path
@@ -23,7 +25,10 @@ from qlora.checkpoint.state import Identity, TrainerState
 from qlora.distributed.collectives import whole_parameters
 from qlora.distributed.engine import Engine
 from qlora.distributed.runtime import Runtime
-from qlora.files import Content
+from qlora.files import Content, chunks_of
+
+GRACE_SECONDS = 30.0  # what `accelerate launch` and SLURM give a job that is told to end
+SPARE_SECONDS = 5.0
 
 
 class Saver:
@@ -42,6 +47,7 @@ class Saver:
         self.runtime, self.keep_last = runtime, keep_last
         self._writer: threading.Thread | None = None
         self._error: Exception | None = None
+        self._has_saved = False
 
     def save(self, trainer: TrainerState) -> None:
         """Gather what was trained and its optimizer state, and have it written. Collective.
@@ -51,6 +57,7 @@ class Saver:
                 on every rank; what was committed is untouched.
         """
         self.wait()
+        began = time.monotonic()
         parameters = adapter_parameters(self.model)
         values = whole_parameters(parameters, keep=self.runtime.is_main)
         moments = whole_optimizer_state(self.engine, parameters, keep=self.runtime.is_main)
@@ -61,7 +68,7 @@ class Saver:
             files[state.OPTIMIZER_NAME] = TensorFile(moments, {})
             files[state.STATE_NAME] = (dumps(asdict(trainer), indent=2) + "\n").encode()
             folder = self.run_dir / state.FOLDER / state.folder_name(trainer.step)
-            self._writer = threading.Thread(target=self._write, args=(folder, files), name="checkpoint")
+            self._writer = threading.Thread(target=self._write, args=(folder, files, began), name="checkpoint")
             self._writer.start()
 
         self.runtime.from_main(begin)
@@ -74,9 +81,13 @@ class Saver:
         """Why training should not go on; None where all is well. Main rank only, for any thread."""
         return None if self._error is None else "a checkpoint cannot be written"
 
-    def _write(self, folder: Path, files: Mapping[str, Content]) -> None:
+    def _write(self, folder: Path, files: Mapping[str, Content], began: float) -> None:
         try:
-            write_checkpoint(folder, files, self.identity, self.keep_last)
+            told = {name: _Told(content, self.runtime.move) for name, content in files.items()}
+            write_checkpoint(folder, told, self.identity, self.keep_last)
+            if not self._has_saved:
+                warn_if_slow(time.monotonic() - began)
+                self._has_saved = True
         except Exception as error:  # raised where the ranks meet next
             self._error = error
 
@@ -96,6 +107,32 @@ class Saver:
             self._join()
         except Exception as second:
             print(f"warning: {second}", file=sys.stderr, flush=True)
+
+
+def warn_if_slow(seconds: float) -> None:
+    """Say that a job which is told to end may be killed before it has saved, where a save takes about that long."""
+    stated = os.environ.get("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", "")
+    grace = float(stated) if stated.isdecimal() else GRACE_SECONDS
+    if seconds > grace - SPARE_SECONDS:
+        print(
+            f"warning: the first checkpoint took {seconds:.0f} s; a launcher that is told to end kills its ranks after "
+            f"{grace:.0f} s\n  next: stop the job with qlora stop, or set TORCH_ELASTIC_SHUTDOWN_TIMEOUT to "
+            f"{2 * seconds + grace:.0f} (seconds) before the launch; SLURM's own limit is KillWait",
+            file=sys.stderr,
+            flush=True,
+        )
+
+
+class _Told:
+    """A file's content, of which each piece that is written tells that this rank gets on."""
+
+    def __init__(self, content: Content, move: Callable[[], None]) -> None:
+        self.content, self.move = content, move
+
+    def chunks(self) -> Iterator[bytes | memoryview]:
+        for chunk in chunks_of(self.content):
+            yield chunk
+            self.move()
 
 
 def whole_optimizer_state(engine: Engine, parameters: dict[str, nn.Parameter], *, keep: bool) -> dict[str, Tensor]:

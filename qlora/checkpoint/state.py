@@ -25,6 +25,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+from qlora.checkpoint.reading import is_listed, read_bytes
 from qlora.errors import CheckpointError
 
 FOLDER = "checkpoints"
@@ -97,8 +98,8 @@ def read_manifest(folder: Path) -> Manifest:
     """Read a committed checkpoint's manifest. Raises CheckpointError where it is missing or damaged."""
     path = folder / MANIFEST_NAME
     try:
-        content = path.read_bytes()
-        recorded = (folder / COMMITTED).read_text(encoding="ascii")
+        content = read_bytes(path)
+        recorded = read_bytes(folder / COMMITTED).decode("ascii")
         # A loss of power may leave the marker without its content; everything else was on the disk before it.
         if recorded and recorded != sha256_of(content):
             raise CheckpointError("the manifest does not match its checksum", place=str(path))
@@ -126,7 +127,7 @@ def step_of(folder: Path) -> int:
 
 def committed(run_dir: Path) -> list[Path]:
     """The run's committed checkpoints, oldest first, by step and never by time."""
-    return sorted((f for f in numbered(run_dir / FOLDER) if (f / COMMITTED).is_file()), key=step_of)
+    return sorted((f for f in numbered(run_dir / FOLDER) if is_listed(f / COMMITTED)), key=step_of)
 
 
 def numbered(parent: Path) -> list[Path]:

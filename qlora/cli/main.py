@@ -14,7 +14,7 @@ import typer
 from typer.main import get_command
 
 from qlora.cli import evaluate, export, failures, generate, inspect, merge, plan, prepare, schema, slurm, status, stop, train
-from qlora.errors import EXIT_BUG, EXIT_DONE, EXIT_USER_ERROR, QloraError
+from qlora.errors import EXIT_BUG, EXIT_DONE, QloraError
 from qlora.version import __version__
 
 EXIT_INTERRUPTED = 130  # 128 + SIGINT, as shells count
@@ -55,15 +55,15 @@ def _qlora(
 ) -> None:
     """Distributed QLoRA: a 4-bit base, LoRA layers, sharded training, adapters that load everywhere.
 
-    Every verb takes -h. Exit codes: 0 done, 2 an error you can mend, 1 a bug, 75 stopped on request after saving.
+    Every verb takes -h. Exit codes: 0 done, 2 an error you can mend, 1 a bug or a lost rank, 75 stopped on request, saved.
     """
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command line and return its exit code; errors are on standard error by then.
 
-    A QloraError is printed in a few lines (2), anything else with its traceback (1). Usage errors are 2, an interrupt
-    is 130. Tokens that stand in the environment never reach the text.
+    A QloraError is printed in a few lines (2; 1 where a rank was lost), anything else with its traceback (1). Usage errors
+    are 2, an interrupt is 130. Tokens that stand in the environment never reach the text.
     """
     arguments = list(sys.argv[1:] if argv is None else argv)
     try:
@@ -72,7 +72,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return end.code if isinstance(end.code, int) else EXIT_DONE if end.code is None else EXIT_BUG
     except QloraError as error:
         failures.print_error(error, with_traceback="--debug" in arguments)
-        return EXIT_USER_ERROR
+        return error.exit_code
     except KeyboardInterrupt:
         return EXIT_INTERRUPTED
     except Exception:

@@ -25,7 +25,9 @@ RESUME_WORDS = ("auto", "none")
 _TRACKER_PACKAGES = {"tensorboard": ("tensorboard", "tensorboardX")}
 _BATCH_KEYS = frozenset({"train.per_device_train_batch_size", "train.gradient_accumulation_steps"})
 _SAFE_SECTIONS = ("logging.", "eval.", "checkpoint.")
-_SAFE_KEYS = frozenset({"train.output_dir", "train.max_nonfinite_steps"})
+_SAFE_KEYS = frozenset(
+    {"train.output_dir", "train.max_nonfinite_steps", "train.silent_rank_seconds", "train.stalled_rank_seconds"}
+)
 
 
 def check_job(config: JobConfig, verb: Verb, source: str = "") -> None:
@@ -237,7 +239,7 @@ class Change:
 def changed_keys(old: JobConfig, new: JobConfig, *, old_global_batch: int, new_global_batch: int) -> list[Change]:
     """Return what differs between a checkpoint's job and the job that resumes it, in the order of the schema.
 
-    Safe are train.output_dir, train.max_nonfinite_steps and all of logging, eval and checkpoint.
+    Safe are train.output_dir, what says how much is borne (_SAFE_KEYS) and all of logging, eval and checkpoint.
     per_device_train_batch_size and gradient_accumulation_steps are safe as long as the global batch stays, in packs.
     World size and ZeRO stage, which are not in the job file, are always free to change.
     """

@@ -181,6 +181,12 @@ class TrainConfig(Section):
     gradient_checkpointing: Literal["auto"] | bool = "auto"
     gradient_checkpointing_kwargs: GradientCheckpointingConfig = Field(default_factory=GradientCheckpointingConfig)
     seed: int = Field(0, ge=0)
+    silent_rank_seconds: Annotated[PositiveNumber, Field(ge=5)] = Field(
+        60.0, description="A rank that is not heard of for so long is taken for lost, and the job ends."
+    )
+    stalled_rank_seconds: Annotated[PositiveNumber, Field(ge=5)] = Field(
+        1800.0, description="No rank gets on for so long: the job ends, and names those that the others wait for."
+    )
 
 
 class EvalConfig(Section):

@@ -131,7 +131,7 @@ class PlainEngine:
     def optimizer_state(self, name: str) -> dict[str, Tensor]:
         state = self.optimizer.state.get(self._updated[name], {})
         found = {key: value for key, value in state.items() if isinstance(value, Tensor) and key != "step"}
-        if name in self._masters:
+        if found and name in self._masters:
             found[MASTER] = self._masters[name].detach()
         return found
 

@@ -12,25 +12,26 @@ from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from datetime import timedelta
 from functools import partial
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from accelerate import Accelerator
 from accelerate.utils import InitProcessGroupKwargs
-from torch import Tensor, nn
+from torch import nn
 
+from qlora.distributed import attempt
 from qlora.distributed.engine import Engine, PlainEngine
 from qlora.distributed.offload import device_of
+from qlora.distributed.ranks import Ranks
 from qlora.distributed.sharding import Sharding
 from qlora.distributed.zero_config import fill_config
-from qlora.errors import LaunchError, QloraError, StopRequested
+from qlora.errors import LaunchError
 
-T = TypeVar("T")
 TIMEOUT = timedelta(minutes=30)
 
 
 @dataclass
-class Runtime:
+class Runtime(Ranks):
     """One process of the job.
 
     Attributes:
@@ -38,6 +39,9 @@ class Runtime:
         device: where this rank computes.
         mode: single, ddp, zero1, zero2 or zero3.
         stop_requested: whether this rank was asked to stop; `together` lets the ranks agree on it.
+        tick: told of every place that all ranks pass in one order, with a name for what is done from there on.
+        move: told that this rank gets on with work of its own, from any thread.
+        waited_seconds: how long this rank has waited for others here so far.
     """
 
     accelerator: Accelerator
@@ -47,10 +51,9 @@ class Runtime:
     device: torch.device
     mode: str
     stop_requested: Callable[[], bool] = lambda: False
-
-    @property
-    def is_main(self) -> bool:
-        return self.rank == 0
+    tick: Callable[..., None] = lambda doing=None: None
+    move: Callable[[], None] = lambda: None
+    waited_seconds: float = 0.0
 
     @property
     def is_zero(self) -> bool:
@@ -69,93 +72,6 @@ class Runtime:
         stated = self.accelerator.state.deepspeed_plugin.deepspeed_config
         return device_of(stated["zero_optimization"], "offload_optimizer") == "cpu"
 
-    def sum(self, values: Tensor) -> Tensor:
-        """Sum a tensor over ranks, in place. Collective."""
-        if self.world_size > 1:
-            torch.distributed.all_reduce(values)
-        return values
-
-    def max(self, values: Tensor) -> Tensor:
-        """Largest over ranks, in place. Collective."""
-        if self.world_size > 1:
-            torch.distributed.all_reduce(values, op=torch.distributed.ReduceOp.MAX)
-        return values
-
-    def barrier(self) -> None:
-        """Wait for all ranks. Collective."""
-        if self.world_size > 1:
-            torch.distributed.barrier()
-
-    def broadcast_object(self, value: Any) -> Any:
-        """Rank 0's value, on every rank. Collective. Pickles: for our own small objects only."""
-        if self.world_size == 1:
-            return value
-        box = [value]
-        torch.distributed.broadcast_object_list(box, src=0)
-        return box[0]
-
-    def gather_objects(self, value: Any) -> list[Any]:
-        """Every rank's value, in the order of ranks, on every rank. Collective. Pickles: for our own small objects only."""
-        if self.world_size == 1:
-            return [value]
-        gathered: list[Any] = [None] * self.world_size
-        torch.distributed.all_gather_object(gathered, value)
-        return gathered
-
-    def from_main(self, work: Callable[[], T]) -> T:
-        """Do something on rank 0 alone; every rank gets its result. Collective.
-
-        Raises:
-            QloraError: raised on rank 0 it is raised on every rank, so that none waits for the others.
-            RuntimeError: on the other ranks, where rank 0 raised anything else.
-        """
-        value: Any = None
-        error: Exception | None = None
-        bug: Exception | None = None
-        if self.is_main:
-            try:
-                value = work()
-            except QloraError as raised:
-                error = raised
-            except Exception as raised:  # may not survive the way to other processes
-                bug, error = raised, RuntimeError(f"the main rank failed: {type(raised).__name__}: {raised}")
-        value, error = self.broadcast_object((value, error))
-        if bug is not None:
-            raise bug
-        if error is not None:
-            raise error
-        return value
-
-    def together(self, work: Callable[[], T]) -> T:
-        """Do rank-local work on every rank and wait for all. Collective; the work may hold no collective.
-
-        Raises:
-            QloraError: raised on any rank it is raised on every rank; the lowest rank's, where several raise.
-            RuntimeError: on the others, where a rank raised anything else.
-            StopRequested: a rank was asked to stop, and none raises anything else.
-        """
-        value: Any = None
-        error: Exception | None = None
-        try:
-            value = work()
-        except Exception as raised:
-            error = raised
-        own = 2.0 if error is not None else float(self.stop_requested())
-        gravest = self.max(torch.tensor([own], device=self.device)).item()
-        if gravest == 0:
-            return value
-        if gravest == 1:
-            raise StopRequested
-        # Other exceptions may not survive the way to other processes.
-        told: list[Any] = [error if error is None or isinstance(error, QloraError) else f"{type(error).__name__}: {error}"]
-        if self.world_size > 1:
-            own, told = told[0], [None] * self.world_size
-            torch.distributed.all_gather_object(told, own)
-        if error is not None and not isinstance(error, QloraError):
-            raise error
-        rank, first = next((rank, other) for rank, other in enumerate(told) if other is not None)
-        raise first if isinstance(first, QloraError) else RuntimeError(f"rank {rank} failed: {first}")
-
     def sharding(self) -> Sharding:
         """How a base is loaded under this launch. Rank-local."""
         if self.mode != "zero3":
@@ -163,25 +79,6 @@ class Runtime:
         from qlora.distributed import zero
 
         return zero.ZeroSharding(self.rank, self.world_size, self.together, self.accelerator.state.deepspeed_plugin)
-
-    def refuse_differences(self, facts: dict[str, str]) -> None:
-        """Make sure that all ranks hold the same. Collective.
-
-        Raises:
-            LaunchError: on every rank, naming the facts that differ.
-        """
-        if self.world_size == 1:
-            return
-        gathered: list[Any] = [None] * self.world_size
-        torch.distributed.all_gather_object(gathered, facts)
-        differing = [name for name in facts if len({str(other.get(name)) for other in gathered}) > 1]
-        if differing:
-            raise LaunchError(
-                f"the ranks do not hold the same {', '.join(differing)}",
-                place="launch",
-                found="; ".join(f"rank {rank}: {other[differing[0]][:12]}" for rank, other in enumerate(gathered[:4])),
-                next_step="give every node the same files, job file and cache",
-            )
 
     def share_out(self, micro_batch_size: int, gradient_accumulation_steps: int) -> None:
         """Go on with another split of the global batch than the job file's. Rank-local; before anything is prepared."""
@@ -201,24 +98,26 @@ class Runtime:
 
 def start(
     *, per_device_batch_size: int, gradient_accumulation_steps: int, max_grad_norm: float, trackers: Sequence[str] = (),
-    logging_dir: str | None = None, optimizer: str = "adamw", trains: bool = True,
+    logging_dir: str | None = None, optimizer: str = "adamw", trains: bool = True, timeout: timedelta = TIMEOUT,
 ) -> Runtime:  # fmt: skip
     """Join the job's process group as the launcher set it up. Collective.
 
     Args:
         trains: False lets the launch configuration say what it will about batches and gradients.
+        timeout: how long a collective may take.
 
     Raises:
         LaunchError: the ranks do not see one another, or the launch configuration contradicts the job file.
     """
     under_deepspeed = os.environ.get("ACCELERATE_USE_DEEPSPEED") == "true"
     arguments: dict[str, Any] = {"log_with": list(trackers) or None, "project_dir": logging_dir}
-    handlers: list[Any] = [InitProcessGroupKwargs(timeout=TIMEOUT)]
+    meeting: dict[str, Any] = {"timeout": timeout, "init_method": attempt.init_method()}
+    handlers: list[Any] = [InitProcessGroupKwargs(**meeting)]
     if not torch.cuda.is_available():
         if under_deepspeed:
             # With cpu=True Accelerate 1.15 goes around DeepSpeed without a word; without a backend it believes that it
             # is one process and every rank trains alone.
-            handlers = [InitProcessGroupKwargs(backend="gloo", timeout=TIMEOUT)]
+            handlers = [InitProcessGroupKwargs(backend="gloo", **meeting)]
         else:
             arguments["cpu"] = True
     if under_deepspeed:

@@ -12,6 +12,7 @@ from qlora.data.sampler import Position
 from qlora.distributed.collectives import whole_shape
 from qlora.distributed.runtime import Runtime
 from qlora.errors import EXIT_DONE
+from qlora.train import out_of_memory
 from qlora.train.build import build_model, peak_memory_bytes, prepare_engine, split_of
 from qlora.train.step import Counters, run_step
 
@@ -35,7 +36,10 @@ def dry_run(config: JobConfig, runtime: Runtime, *, force: bool = False) -> int:
         global_num_tokens=batch.num_tokens * accumulation * runtime.world_size,
         global_num_target_tokens=batch.num_target_tokens * accumulation * runtime.world_size,
     )
-    result = run_step(engine, runtime, batches, Counters(), learning_rate=config.train.learning_rate, seed=config.train.seed)
+    with out_of_memory.explained(config, runtime, "in the step of the dry run"):
+        result = run_step(
+            engine, runtime, batches, Counters(), learning_rate=config.train.learning_rate, seed=config.train.seed
+        )
     peak = runtime.max(torch.tensor(float(peak_memory_bytes(runtime.device)), device=runtime.device)).item()
     if runtime.is_main:
         print(report)

@@ -10,7 +10,7 @@ from qlora.adapter.files import adapter_parameters, render_files
 from qlora.checkpoint import state
 from qlora.distributed.collectives import whole_parameters
 from qlora.distributed.runtime import Runtime
-from qlora.errors import EXIT_BUG, EXIT_DONE, EXIT_STOPPED, CheckpointError, QloraError
+from qlora.errors import EXIT_BUG, EXIT_DONE, EXIT_STOPPED, CheckpointError, QloraError, RankError
 from qlora.files import write_file
 from qlora.train.preempt import StopFlag
 from qlora.train.run_dir import RunDir
@@ -40,7 +40,7 @@ def record_failure(run_dir: RunDir | None, error: BaseException) -> None:
     """Say how it failed; a job refused before its first step leaves nothing behind. As `record_early_stop`."""
     if run_dir is None:
         return
-    if isinstance(error, QloraError) and run_dir.discard():
+    if isinstance(error, QloraError) and not isinstance(error, RankError) and run_dir.discard():
         return
     step = last_saved_step(run_dir.path)
     run_dir.write_status(

@@ -25,6 +25,7 @@ import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
+from dataclasses import dataclass
 from types import FrameType
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -42,6 +43,15 @@ RECORD_SECONDS = 2.0  # how long a rank that ends at once may take to say so
 MEETING_SECONDS = 5.0  # ranks that all want to meet do so in less
 ORPHAN_SECONDS = 600.0  # a step and a save of a large model, with room to spare
 LAUNCHER_VARIABLES = ("LOCAL_RANK", "ACCELERATE_MIXED_PRECISION")
+
+
+@dataclass(frozen=True)
+class End:
+    """Why a rank is to end at once: in words for status.json, with which exit code, and what is said on standard error."""
+
+    reason: str
+    code: int
+    text: str
 
 
 class StopFlag:
@@ -63,6 +73,7 @@ class StopFlag:
         self._orphan_since: float | None = None
         self._at_once = self._meets = False
         self._looks: list[Callable[[], str | None]] = []
+        self._ends: list[Callable[[], End | None]] = []
         self._former: dict[int, Any] = {}
         self._former_wakeup = -1
         self._pipe: tuple[int, int] | None = None
@@ -109,6 +120,10 @@ class StopFlag:
     def watch(self, look: Callable[[], str | None]) -> None:
         """Also ask this twice a second, in a thread: it gives a reason to stop, or None."""
         self._looks.append(look)
+
+    def end_when(self, look: Callable[[], End | None]) -> None:
+        """Also ask this twice a second, in a thread: what it gives ends this rank at once, wherever it waits."""
+        self._ends.append(look)
 
     def release(self) -> None:
         """Give the signals back to whoever had them."""
@@ -162,6 +177,9 @@ class StopFlag:
 
     def _look(self) -> None:
         """What is not a signal: a launcher that is gone, the stop file."""
+        for look_for_end in self._ends:
+            if end := look_for_end():
+                self._end_at_once(end.reason, end.code, end.text)
         before = self.reason
         if self._launcher is not None and os.getppid() != self._launcher:
             now = time.monotonic()
@@ -178,10 +196,10 @@ class StopFlag:
         if self._meets and self.reason is not None and time.monotonic() - self._asked_at > MEETING_SECONDS:
             self._end_at_once(f"{self.reason}, while other ranks were waited for", EXIT_STOPPED)
 
-    def _end_at_once(self, reason: str, code: int) -> None:
+    def _end_at_once(self, reason: str, code: int, text: str | None = None) -> None:
         def record() -> None:
             with suppress(OSError):
-                os.write(2, f"{reason}: ended at once, without saving\n".encode())
+                os.write(2, f"{text or f'{reason}: ended at once, without saving'}\n".encode(errors="replace"))
             if self.on_end is not None:
                 self.on_end(reason, code)
 

@@ -16,7 +16,8 @@ from typing import Any, BinaryIO
 from qlora.checkpoint.state import committed, step_of
 from qlora.config.schema import JobConfig
 from qlora.errors import EXIT_BUG, CheckpointError, ConfigError
-from qlora.files import write_file
+from qlora.files import sweep_unfinished, write_file
+from qlora.secrets import redact
 
 STOP_FILE = "STOP"
 
@@ -38,7 +39,7 @@ class RunDir:
         self._made = [folder for folder in (path, *path.parents) if not folder.exists()]
         try:
             path.mkdir(parents=True, exist_ok=True)
-            self._lock = open(path / "LOCK", "a+", encoding="utf-8")  # noqa: SIM115 (held for the life of the job)
+            self._lock = open(path / "LOCK", "a+", encoding="utf-8", errors="replace")  # noqa: SIM115 (held for the life of the job)
         except OSError as error:
             raise self._not_writable(error) from error
         try:
@@ -51,7 +52,7 @@ class RunDir:
                 "another job is running in this folder",
                 place=str(path),
                 found=owner,
-                next_step="wait for it, stop it, or choose another train.output_dir",
+                next_step=f"wait for it, stop it, or choose another train.output_dir{_how_to_take(owner, path / 'LOCK')}",
             ) from None
         except OSError as error:
             self._lock.close()
@@ -68,6 +69,8 @@ class RunDir:
             self._lock.flush()
             # Meant for a job that has ended. One that is written from here on says whom it is meant for.
             (path / STOP_FILE).unlink(missing_ok=True)
+            for folder in (path, path / "adapter"):
+                sweep_unfinished(folder)
         except OSError as error:
             raise self._not_writable(error) from error
 
@@ -114,7 +117,7 @@ class RunDir:
             "num_steps": self._num_steps,
             "num_skipped_steps": self._num_skipped,
             "exit_code": exit_code,
-            "reason": reason,
+            "reason": redact(reason) if reason else None,
             "resumable": resumable,
             "host": socket.gethostname(),
             "pid": os.getpid(),
@@ -168,6 +171,17 @@ def _owner_in(content: str) -> Any:
         return json.loads(content).get("owner")
     except (ValueError, AttributeError, RecursionError):
         return None
+
+
+def _how_to_take(owner: str, lock: Path) -> str:
+    """What may be done about an owner on another host, whose death a file server may learn of late or never."""
+    try:
+        host = json.loads(owner).get("host")
+    except (ValueError, AttributeError, RecursionError):
+        return ""
+    if host in (None, socket.gethostname()):
+        return ""
+    return f"; if {host} is gone for good and its file server holds the lock for it, take the folder over: rm {lock}"
 
 
 def start_trackers(accelerator: Any, config: JobConfig) -> None:

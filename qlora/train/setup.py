@@ -13,34 +13,35 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
-from qlora.checkpoint import resume, state
+from qlora.checkpoint import resume, room, state
+from qlora.checkpoint.choose import choose_checkpoint
 from qlora.checkpoint.save import set_aside_after
 from qlora.checkpoint.saver import Saver
 from qlora.checkpoint.state import Identity, TrainerState
 from qlora.config.load import dump_config
 from qlora.config.rules import global_batch_rows
 from qlora.config.schema import JobConfig
-from qlora.data.loader import EvalLoader, TrainLoader, plan_packs
+from qlora.data.loader import TrainLoader, plan_packs
 from qlora.data.sampler import Position
 from qlora.distributed import runtime as processes
-from qlora.distributed.engine import Engine
+from qlora.distributed.peers import Peers
 from qlora.distributed.runtime import Runtime
 from qlora.errors import EXIT_DONE, EXIT_STOPPED, QloraError, StopRequested
-from qlora.objective.evaluate import evaluate
 from qlora.quant.source import BaseSource
 from qlora.train.announce import announce
-from qlora.train.build import build_model, check_device, peak_memory_bytes, prepare_engine, split_of
+from qlora.train.beside import hooks_of
+from qlora.train.build import build_model, check_device, prepare_engine, split_of
 from qlora.train.dry_run import dry_run as do_dry_run
 from qlora.train.ending import record_early_stop, record_end, record_failure, write_adapter
 from qlora.train.first_inputs import start_from_data
-from qlora.train.hooks import CheckpointHook, EvaluateHook, Hook, MetricsHook, ProgressHook, StatusHook
 from qlora.train.inputs import Data, open_inputs
 from qlora.train.loop import Job, train
+from qlora.train.lost_ranks import collective_timeout, watched
 from qlora.train.model_card import model_card
 from qlora.train.nonfinite import NonFiniteHook
-from qlora.train.preempt import StopFlag, stop_here, until_stopped
-from qlora.train.run_dir import MetricsWriter, RunDir, start_trackers
-from qlora.train.step import Counters, StepResult
+from qlora.train.preempt import StopFlag, stop_here
+from qlora.train.run_dir import RunDir
+from qlora.train.step import Counters
 
 
 def run_training(config: JobConfig, *, dry_run: bool = False, force: bool = False) -> int:
@@ -48,12 +49,21 @@ def run_training(config: JobConfig, *, dry_run: bool = False, force: bool = Fals
 
     Raises:
         QloraError: whatever the user can mend; nothing that was saved is lost by it.
+        RankError: another rank is lost.
     """
     stop = StopFlag().listen(at_once=True)
+    with watched(config, stop) as peers:
+        return _run(config, stop, peers, dry_run=dry_run, force=force)
+
+
+def _run(config: JobConfig, stop: StopFlag, peers: Peers, *, dry_run: bool, force: bool) -> int:
+    """Everything that the other ranks watch."""
     run_dir: RunDir | None = None
     try:
         run_dir, owned = _own_run_dir(config, stop) if _is_main() and not dry_run else (None, lambda: None)
+        peers.tell("opening the base and tokenizing")
         opened = open_inputs(config)
+        peers.meet()
         stop.meet()
         runtime = processes.start(
             per_device_batch_size=config.train.per_device_train_batch_size,
@@ -62,9 +72,11 @@ def run_training(config: JobConfig, *, dry_run: bool = False, force: bool = Fals
             optimizer=config.train.optimizer,
             trackers=config.logging.trackers,
             logging_dir=config.train.output_dir,
+            timeout=collective_timeout(config),
         )
         stop.have_met()
-        runtime.stop_requested = stop.requested
+        runtime.stop_requested, runtime.tick, runtime.move = stop.requested, peers.tick, peers.move
+        runtime.tick("comparing what the ranks hold")
         try:
             source, data = runtime.together(opened)
             check_device(config, runtime)
@@ -72,7 +84,8 @@ def run_training(config: JobConfig, *, dry_run: bool = False, force: bool = Fals
                 return do_dry_run(config, runtime, force=force)
             runtime.together(owned)
             try:
-                outcome = _train(config, runtime, run_dir, source, data, stop, force=force)
+                with peers.explaining():
+                    outcome = _train(config, runtime, run_dir, source, data, stop, peers, force=force)
             except StopRequested:
                 raise
             except BaseException as error:
@@ -132,6 +145,7 @@ def _train(
     source: BaseSource,
     data: Data,
     stop: StopFlag,
+    peers: Peers,
     *,
     force: bool,
 ) -> str:
@@ -157,7 +171,7 @@ def _train(
         }
     )
     # Before the base is read, which may take minutes.
-    found = runtime.from_main(lambda: _find_checkpoint(config, folder, identity, force))
+    found = choose_checkpoint(runtime, folder, config, identity, force=force)
     split = split_of(config, runtime, resume.global_batch_of(found, config, runtime.world_size))
     identity = replace(identity, global_batch_size=split.global_batch_size)
     runtime.share_out(split.per_device_batch_size, split.accumulation_steps)
@@ -165,12 +179,16 @@ def _train(
         data.rows, plan, split=split, rank=runtime.rank, seed=config.train.seed, pad_token_id=data.pad_token_id
     )
     resumed = found.folder if found is not None else None
+    runtime.tick("loading the base")
     model, train_model, report = build_model(config, runtime, force=force, resumed=resumed)
     stop_here(runtime)
+    if found is None:  # otherwise it was asked before the base was loaded
+        runtime.from_main(lambda: room.check_disk(folder, room.checkpoint_bytes(model), force=force))
     if config.lora.init_lora_weights == "eva" and found is None:
         start_from_data(config, runtime, train_model, data.rows, plan, data.pad_token_id, split.global_batch_size)
     if found is not None:
         resume.load_parameters(found, model)
+    runtime.tick("preparing the model")
     engine = prepare_engine(config, runtime, train_model)
     stop_here(runtime)
     if found is not None:
@@ -199,7 +217,9 @@ def _train(
         skips_overflow=engine.skips_overflow,
         decode=data.tokenizer.decode,
     )
-    with Saver(folder, model, engine, identity, runtime=runtime, keep_last=config.checkpoint.keep_last) as saver:
+    saver = Saver(folder, model, engine, identity, runtime=runtime, keep_last=config.checkpoint.keep_last)
+    # Whatever goes wrong is told the others before this rank waits for a save.
+    with saver, peers.explaining():
         if runtime.is_main:
             stop.watch(saver.failure)
         job = Job(
@@ -207,7 +227,7 @@ def _train(
             runtime=runtime,
             engine=engine,
             loader=loader,
-            hooks=_hooks(config, runtime, run_dir, engine, data, saver, nonfinite),
+            hooks=hooks_of(config, runtime, run_dir, engine, data, saver, nonfinite, peers),
             num_steps=num_steps,
             position=position,
             counters=Counters(trainer.num_tokens, trainer.num_target_tokens, trainer.num_skipped),
@@ -217,80 +237,10 @@ def _train(
     if runtime.is_main and config.logging.trackers:
         runtime.accelerator.end_training()
     if outcome == "done":
+        runtime.tick("writing the adapter")
         write_adapter(runtime, model, folder / "adapter", model_card(config, identity, report, num_steps))
     record_end(run_dir, outcome, num_steps, stop)
     # A launcher that sees one rank end with another code than 0 ends the others at once: none may leave before the
     # main rank has written everything.
     runtime.barrier()
     return outcome
-
-
-def _find_checkpoint(config: JobConfig, folder: Path, identity: Identity, force: bool) -> resume.Found | None:
-    """The checkpoint to go on from, checked against this job. Main rank only."""
-    found = resume.find_checkpoint(folder, config.checkpoint.resume)
-    if found is not None:
-        job = replace(identity, global_batch_size=resume.global_batch_of(found, config, identity.world_size))
-        for line in resume.check_identity(found, job, force=force):
-            print(f"warning: --force: {line}; the run no longer continues exactly", file=sys.stderr, flush=True)
-        if changed := resume.changed_versions(found, job):
-            print(f"warning: {changed}: the run may not continue to the last bit", file=sys.stderr, flush=True)
-    return found
-
-
-def _state_of(result: StepResult, engine: Engine) -> TrainerState:
-    """What a checkpoint says of where training stands after a step."""
-    return TrainerState(
-        result.step,
-        result.position.global_index,
-        result.num_tokens,
-        result.num_target_tokens,
-        result.num_skipped,
-        engine.loss_scale(),
-    )
-
-
-def _hooks(
-    config: JobConfig,
-    runtime: Runtime,
-    run_dir: RunDir | None,
-    engine: Engine,
-    data: Data,
-    saver: Saver,
-    nonfinite: NonFiniteHook,
-) -> list[Hook]:
-    """What runs beside training on this rank."""
-    hooks: list[Hook] = []
-    writer = None
-    every = config.logging.log_every_steps
-    if run_dir is not None:
-        if config.logging.trackers:
-            start_trackers(runtime.accelerator, config)
-        writer = MetricsWriter(run_dir.path / "metrics.jsonl", runtime.accelerator)
-        hooks += [
-            ProgressHook(every, lambda: peak_memory_bytes(runtime.device)),
-            MetricsHook(writer, every, lambda: peak_memory_bytes(runtime.device)),
-            StatusHook(lambda result: run_dir.write_status("running", result.step, num_skipped=result.num_skipped)),
-        ]
-    # What is not to be saved is found before it is.
-    hooks.append(nonfinite)
-    # Before the evaluation, which may be long: a step that was trained is not lost to it.
-    hooks.append(
-        CheckpointHook(config.checkpoint.every_steps, lambda result: saver.save(_state_of(result, engine)), saver.wait)
-    )
-    if data.eval_rows is not None:
-        loader = EvalLoader(
-            data.eval_rows,
-            plan_packs(data.eval_rows, config.data, seed=0),
-            per_device_batch_size=config.eval.per_device_eval_batch_size or config.train.per_device_train_batch_size,
-            rank=runtime.rank,
-            world_size=runtime.world_size,
-            pad_token_id=data.pad_token_id,
-        )
-        hooks.append(
-            EvaluateHook(
-                config.eval.every_steps,
-                lambda: evaluate(engine.model, until_stopped(loader, runtime), runtime.device, runtime),
-                writer,
-            )
-        )
-    return hooks

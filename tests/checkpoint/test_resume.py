@@ -215,7 +215,12 @@ class Toy(nn.Module):
 
 
 RUNTIME: Any = SimpleNamespace(
-    world_size=1, is_main=True, device=torch.device("cpu"), from_main=lambda work: work(), mode="single"
+    world_size=1,
+    is_main=True,
+    device=torch.device("cpu"),
+    from_main=lambda work: work(),
+    mode="single",
+    move=lambda: None,
 )
 
 

@@ -21,7 +21,7 @@ from qlora.checkpoint.state import Identity, TrainerState
 from qlora.distributed.engine import PlainEngine
 from qlora.errors import CheckpointError
 
-RUNTIME: Any = SimpleNamespace(world_size=1, is_main=True, from_main=lambda work: work())
+RUNTIME: Any = SimpleNamespace(world_size=1, is_main=True, from_main=lambda work: work(), move=lambda: None)
 
 
 class Job:

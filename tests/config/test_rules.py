@@ -211,7 +211,8 @@ def test_each_key_is_classed(key: str) -> None:
     """The contract: output_dir, what is borne, logging, eval and checkpoint may change; the rest is refused."""
     (change,) = changed_keys(JobConfig(), with_value(key, another(key)), old_global_batch=2, new_global_batch=3)
     assert change.key == key
-    alone = ("train.output_dir", "train.max_nonfinite_steps")
+    borne = ("max_nonfinite_steps", "silent_rank_seconds", "stalled_rank_seconds")
+    alone = ("train.output_dir", *(f"train.{name}" for name in borne))
     assert change.safe == (key in alone or key.split(".")[0] in ("logging", "eval", "checkpoint"))
     assert key in str(change)
     assert "->" in str(change)

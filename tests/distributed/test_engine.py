@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from qlora.distributed.engine import PlainEngine
+from qlora.distributed.engine import MASTER, PlainEngine
 
 
 def engine_of(parameter: nn.Parameter, optimizer: torch.optim.Optimizer, *, max_grad_norm: float) -> PlainEngine:
@@ -55,7 +55,7 @@ def test_gradients_of_micro_steps_add_up() -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_optimizer_state_is_there_after_the_first_step_and_can_be_set(dtype: torch.dtype) -> None:
-    """Also in fp32 for parameters in bf16, as ZeRO keeps it."""
+    """In fp32 for parameters in bf16 as well, with the fp32 copy that is updated, as ZeRO has it."""
 
     def make() -> tuple[nn.Parameter, PlainEngine]:
         parameter = nn.Parameter(torch.ones(3, dtype=dtype))
@@ -67,10 +67,11 @@ def test_optimizer_state_is_there_after_the_first_step_and_can_be_set(dtype: tor
     engine.backward(first.square().sum())
     engine.step(0.1)
     state = engine.optimizer_state("p")
-    assert set(state) == {"exp_avg", "exp_avg_sq"}
+    assert set(state) == {"exp_avg", "exp_avg_sq"} | ({MASTER} if dtype == torch.bfloat16 else set())
+    assert {value.dtype for value in state.values()} == {torch.float32}
     second, other = make()
     second.data.copy_(first.data)
-    other.load_optimizer_state({"p": {key: value.to(torch.float32, copy=True) for key, value in state.items()}}, step=1)
+    other.load_optimizer_state({"p": {key: value.clone() for key, value in state.items()}}, step=1)
     for parameter, own in ((first, engine), (second, other)):
         own.backward(parameter.square().sum())
         own.step(0.1)

@@ -43,11 +43,12 @@ SIX = ["train.gradient_accumulation_steps=1", "train.max_steps=5", *SAVES]
 
 @dataclass(frozen=True)
 class Job:
-    """One command line. `after` names the run (WORLD.JOB) that it goes on from, as that was after step 3."""
+    """One command line. `after` names the run (WORLD.JOB) that it goes on from, as that was after a step."""
 
     overrides: Sequence[str]
     after: str | None = None
     options: Sequence[str] = ()
+    after_step: int = 3
 
 
 @dataclass(frozen=True)
@@ -125,10 +126,56 @@ def _variants() -> dict[str, Job]:
     return {name: Job([*most, *overrides]) for name, overrides in VARIANTS.items()}
 
 
+# What a run is saved in and gone on with in (test_elastic.py): the world of other tests, a launch file, and its ranks.
+PLACES = {
+    "single": ("single", 1),
+    "zero1": ("zero1", 2),
+    "sharded": ("sharded", 3),
+    "ddp": ("ddp", 2),
+    "four": ("sharded", 4),
+    "zero2": ("zero2", 2),
+    "zero3": ("zero3", 2),
+    "zero3_offload": ("zero3_offload", 2),
+    "zero2_offload": ("zero2_offload", 2),
+}
+# The job file says 2 x 2 at every place: 4 packs on one rank, and 8, 12 and 16 on two, three and four. An epoch has 17.
+ELASTIC = ["train.per_device_train_batch_size=2", "train.loraplus_lr_ratio=4", "checkpoint.keep_last=10"]
+SIX_STEPS = [*ELASTIC, "train.gradient_accumulation_steps=2", "train.max_steps=6", "checkpoint.every_steps=3"]
+BF16 = [*SIX_STEPS, "lora.dtype=bfloat16"]
+# 8 packs a step, as one rank has them by this: three ranks cannot share them evenly, and every third step has one.
+TEN_STEPS = [*ELASTIC, "lora.lora_dropout=0.1", "train.gradient_accumulation_steps=4", "train.max_steps=10"]
+
+
+def _leg(world: str) -> dict[str, Job]:
+    """A part of one run through all places in turn, of each one step; every leg trains to the end for itself."""
+    places = [*PLACES, "again"]
+    step = places.index(world)
+    before = f"{places[step - 1]}.leg" if step else None
+    return {"leg": Job([*TEN_STEPS, f"checkpoint.every_steps={step + 1}"], after=before, after_step=step)}
+
+
+def _again(name: str, job: list[str], *, world: str) -> dict[str, Job]:
+    """A run, and one that goes on from it in the same world."""
+    return {name: Job(job), f"{name}_resumed": Job(job, after=f"{world}.{name}")}
+
+
+def _matrix() -> dict[str, World]:
+    """Saved at every place, and gone on with at every place."""
+    worlds = {}
+    for name, place in PLACES.items():
+        jobs = {source: Job(SIX_STEPS, after=f"{source}_saves.whole") for source in PLACES}
+        worlds |= {f"{name}_saves": World(*place, {"whole": Job(SIX_STEPS)}), f"{name}_resumes": World(*place, jobs)}
+    for world_size in (2, 3, 4):  # what they train, on one process
+        steps = f"train.gradient_accumulation_steps={2 * world_size}"
+        worlds["single_saves"].jobs[f"as_{world_size}"] = Job([*SIX_STEPS, steps])
+    return worlds
+
+
 LOFTQ = [*ACC1, *SAVES, "lora.init_lora_weights=loftq", "lora.loftq_iterations=2"]
 EVA = [*ACC1, *SAVES, "lora.init_lora_weights=eva", "lora.eva_batches=3"]
 
 WORLDS = {
+    **_matrix(),
     "initial": World(
         "sharded",
         2,
@@ -142,22 +189,26 @@ WORLDS = {
     "variants_single": World("single", 1, _variants()),
     "variants_sharded": World("sharded", 2, _variants()),
     "single": World(
-        "single", 1, _usual(after="single.dropout") | _wholly("single") | {"dry": Job(ACC1, options=["--dry-run"])}
+        "single",
+        1,
+        _usual(after="single.dropout")
+        | _wholly("single")
+        | _leg("single")
+        | {"ten": Job(TEN_STEPS), "dry": Job(ACC1, options=["--dry-run"])},
     ),
-    "zero1": World("zero1", 2, _usual(after="zero1.dropout") | {"long": Job([*ACC1, "train.max_steps=160"])}),
-    "zero2": World("zero2", 2, _usual(after="zero2.dropout")),
-    "ddp": World(
-        "ddp",
-        2,
-        _usual(after="ddp.dropout") | _wholly("ddp") | {"from_zero2": Job([*ACC1, *SAVES], after="zero2.acc2")},
+    "zero1": World(
+        "zero1", 2, _usual(after="zero1.dropout") | _leg("zero1") | {"long": Job([*ACC1, "train.max_steps=160"])}
     ),
+    "zero2": World("zero2", 2, _usual(after="zero2.dropout") | _leg("zero2") | _again("bf16_lora", BF16, world="zero2")),
+    "ddp": World("ddp", 2, _usual(after="ddp.dropout") | _wholly("ddp") | _leg("ddp")),
     "zero3": World(
         "zero3",
         2,
         _usual(after="zero3.dropout")
         | _wholly("zero3")
+        | _leg("zero3")
+        | _again("bf16_lora", BF16, world="zero3")
         | {
-            "from_single": Job([*ACC2, *SAVES], after="single.acc2"),
             "bf16": Job([*ACC2, "model.dtype=bfloat16", *RECOMPUTE]),
             "dry": Job(ACC1, options=["--dry-run"]),
             "six": Job([*SIX, "train.per_device_train_batch_size=3"]),
@@ -169,23 +220,32 @@ WORLDS = {
         3,
         {
             "six": Job([*SIX, "train.per_device_train_batch_size=2", "data.eval=[{eval}]", "eval.every_steps=2"]),
-            "six_from_two": Job([*SIX, "train.per_device_train_batch_size=2"], after="zero3.six"),
             "six_recompute": Job([*SIX, "train.per_device_train_batch_size=2", *RECOMPUTE]),
             "six_reentrant": Job([*SIX, "train.per_device_train_batch_size=2", *REENTRANT]),
-        },
+        }
+        | _leg("sharded")
+        | _again("whole", SIX_STEPS, world="sharded"),
     ),
+    "four": World("sharded", 4, _leg("four") | _again("whole", SIX_STEPS, world="four")),
     "zero3_offload": World(
         "zero3_offload",
         2,
         _offload(after="zero3_offload.recompute")
         | {
             "acc1": Job([*ACC1, *SAVES, *EVALUATES]),
-            "from_zero3": Job([*ACC1, *SAVES], after="zero3.acc2"),
-        },
+            "bf16_lora": Job(BF16, after="zero3.bf16_lora"),
+        }
+        | _leg("zero3_offload"),
+    ),
+    "zero2_offload": World(
+        "zero2_offload",
+        2,
+        _leg("zero2_offload")
+        | _again("whole", SIX_STEPS, world="zero2_offload")
+        | _again("bf16_lora", BF16, world="zero2_offload"),
     ),
     "zero3_nvme": World("zero3_nvme", 2, _offload(after="zero3_nvme.recompute")),
-    "zero3_again": World("zero3", 2, {"from_offload": Job([*ACC1, *SAVES, *EVALUATES], after="zero3_offload.acc1")}),
-    "again": World("single", 1, {"from_zero3": Job([*ACC1, *SAVES], after="zero3.acc2")}),
+    "again": World("single", 1, _leg("again") | {"bf16_lora": Job(BF16, after="zero3.bf16_lora")}),
 }
 
 
@@ -334,15 +394,18 @@ class Project:
         self.job.write_text(yaml.safe_dump(job))
         self._results: dict[str, dict[str, Result]] = {}
         self._started: list[subprocess.Popen[bytes]] = []
-        self._write_sharded_launch_file()
+        nothing_kept = {"stage3_param_persistence_threshold": 0, "stage3_model_persistence_threshold": 0}
+        self._write_launch_file("sharded", "zero3", nothing_kept)
+        self._write_launch_file("zero2_offload", "zero2", {"offload_optimizer": {"device": "cpu"}})
 
-    def _write_sharded_launch_file(self) -> None:
-        launch = yaml.safe_load((ROOT / "launch/accelerate/zero3.yaml").read_text())
+    def _write_launch_file(self, name: str, shipped: str, sharding: dict[str, Any]) -> None:
+        """A launch file of the project with other settings of ZeRO, in the project's folder."""
+        launch = yaml.safe_load((ROOT / f"launch/accelerate/{shipped}.yaml").read_text())
         zero = json.loads((ROOT / launch["deepspeed_config"]["deepspeed_config_file"]).read_text())
-        zero["zero_optimization"] |= {"stage3_param_persistence_threshold": 0, "stage3_model_persistence_threshold": 0}
-        (self.folder / "sharded.json").write_text(json.dumps(zero))
-        launch["deepspeed_config"]["deepspeed_config_file"] = str(self.folder / "sharded.json")
-        (self.folder / "sharded.yaml").write_text(yaml.safe_dump(launch))
+        zero |= {"zero_force_ds_cpu_optimizer": False, "zero_optimization": zero["zero_optimization"] | sharding}
+        (self.folder / f"{name}.json").write_text(json.dumps(zero))
+        launch["deepspeed_config"]["deepspeed_config_file"] = str(self.folder / f"{name}.json")
+        (self.folder / f"{name}.yaml").write_text(yaml.safe_dump(launch))
 
     # Starting processes
 
@@ -411,7 +474,7 @@ class Project:
             if job.after is not None:
                 own = job.after.startswith(f"{name}.")
                 source = folder / job.after.split(".")[1] if own else self.result(job.after).run_dir
-                prepare = [str(source), str(run_dir), 3]
+                prepare = [str(source), str(run_dir), job.after_step]
             overrides = [self.fill(text, world.num_processes) for text in job.overrides]
             argv = ["train", str(self.job), f"train.output_dir={run_dir}", *overrides, *job.options]
             jobs.append(
@@ -427,7 +490,7 @@ class Project:
         script = str(Path(__file__).with_name("several_jobs.py"))
         log = folder / "launch.log"
         process = self.start([*self.launch_arguments(world.config, world.num_processes), script, str(table)], log)
-        assert self.wait(process, log) == 0, log.read_text()[-4000:]
+        assert self.wait(process, log, max(TIMEOUT, 60.0 * len(jobs))) == 0, log.read_text()[-4000:]
         results = {}
         for job_name in world.jobs:
             ranks = range(world.num_processes)
@@ -522,4 +585,4 @@ def make_small_base_fixture() -> Callable[..., Path]:
 @pytest.fixture(scope="session")
 def launched_files() -> set[str]:
     """The launch files of the project that worlds are started with."""
-    return {world.config for world in WORLDS.values()} - {"sharded"}
+    return {world.config for world in WORLDS.values()} - {"sharded", "zero2_offload"}

@@ -126,6 +126,15 @@ def test_an_adapter_saved_under_zero3_is_one_to_peft(project: Any) -> None:
     assert (own(ids).logits - without).abs().max() > 0.1
 
 
+@pytest.mark.parametrize("mode", ["ddp", "zero1", "zero2", "zero3"])
+def test_dropout_is_drawn_for_a_pack_whoever_computes_it(
+    project: Any, close_relative: Callable[..., None], mode: str
+) -> None:
+    found, wanted = project.result(f"{mode}.dropout"), project.result("single.dropout")
+    for key in ("loss", "grad_norm"):
+        close_relative(found.values(key), wanted.values(key), 1e-4)
+
+
 @pytest.mark.parametrize("kind", ["recompute", "reentrant"])
 @pytest.mark.parametrize("mode", MODES)
 def test_recomputation_changes_nothing_with_dropout_on(

@@ -18,6 +18,7 @@ from qlora.config.schema import JobConfig
 from qlora.data.batch import empty_batch
 from qlora.data.loader import StepBatches
 from qlora.data.sampler import Position
+from qlora.distributed.runtime import Runtime
 from qlora.errors import StopRequested
 from qlora.train.hooks import CheckpointHook, EvaluateHook, MetricsHook, ProgressHook, StatusHook
 from qlora.train.loop import Job, train
@@ -78,7 +79,14 @@ class Recorder:
         self.calls.append((None if result is None else result.step, outcome))
 
 
-RUNTIME: Any = SimpleNamespace(world_size=2, rank=0, device=torch.device("cpu"), sum=lambda values: values)
+class Alone(Runtime):
+    """One of two ranks, whose numbers are sums already."""
+
+    def sum(self, values: torch.Tensor) -> torch.Tensor:
+        return values
+
+
+RUNTIME = Alone(None, rank=0, world_size=2, local_rank=0, device=torch.device("cpu"), mode="ddp")  # type: ignore[arg-type]
 
 
 def job(engine: Engine, hooks: list[Any], *, num_steps: int = 3, first: int = 0, stop_at: int | None = None) -> Job:
