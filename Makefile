@@ -6,14 +6,17 @@ BIN := $(VENV)/bin
 LAUNCH := $(BIN)/accelerate launch
 
 .DEFAULT_GOAL := help
-.PHONY: help venv quickstart test test-slurm lint format bench clean
+.PHONY: help venv quickstart test test-elastic test-slurm test-hosts test-packages chaos lint format bench clean
 
 help:
 	@echo "make quickstart   train and show a small adapter, two processes"
 	@echo "make test         all tests"
+	@echo "make test-elastic every place a run can be saved at, gone on with at every other"
 	@echo "make test-slurm   the tests that start a SLURM of their own"
+	@echo "make test-hosts   the tests on two hosts of their own, joined by a cable that is cut"
+	@echo "make chaos        kills a training run a hundred times, at random"
 	@echo "make lint         ruff and mypy"
-	@echo "make bench        benchmarks against TRL + PEFT (installs them)"
+	@echo "make bench        benchmarks, against TRL + PEFT as well (installs them)"
 
 $(VENV)/.made: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -33,10 +36,27 @@ quickstart: venv
 test: venv
 	$(BIN)/python -m pytest
 
+# 81 pairs, minutes. Of them `make test` takes one run through all places.
+test-elastic: venv
+	QLORA_TEST_ELASTIC=1 $(BIN)/python -m pytest tests/e2e/test_elastic.py -k every_place
+
 # A controller and two nodes on this machine. Needs root and, on Debian, apt-get install slurm-wlm munge iproute2; says
 # what is missing otherwise.
 test-slurm: venv
 	QLORA_TEST_SLURM=1 $(BIN)/python -m pytest tests/slurm
+
+# Two network namespaces on this machine. Needs root and iproute2; says what is missing otherwise.
+test-hosts: venv
+	QLORA_TEST_HOSTS=1 $(BIN)/python -m pytest tests/hosts
+
+# Installs what the two need on Debian, as root, where apt works; leaves the machine as it is elsewhere.
+test-packages:
+	bash tests/slurm/install.sh
+
+# CHAOS_SEED=7 kills it elsewhere.
+CHAOS_SEED ?= 0
+chaos: venv
+	QLORA_CHAOS_KILLS=100 QLORA_CHAOS_CONTROL=10 QLORA_CHAOS_SEED=$(CHAOS_SEED) $(BIN)/python -m pytest -s tests/chaos
 
 lint: venv
 	$(BIN)/ruff check .
@@ -51,6 +71,7 @@ bench: venv
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[bench]' --constraint constraints.txt
 	$(BIN)/python benchmarks/load_memory.py
 	$(BIN)/python benchmarks/against_trl.py
+	$(BIN)/python benchmarks/checkpoints.py
 
 clean:
 	rm -rf $(VENV) runs

@@ -13,7 +13,7 @@ from qlora.checkpoint import state
 from qlora.checkpoint.reading import is_listed
 from qlora.checkpoint.state import Identity, Manifest
 from qlora.errors import CheckpointError
-from qlora.files import Content, chunks_of, sync_folder
+from qlora.files import Content, chunks_of, sync_folder, write_file
 
 
 def write_checkpoint(folder: Path, files: Mapping[str, Content], identity: Identity, keep_last: int) -> None:
@@ -57,8 +57,7 @@ def _commit(folder: Path, files: Mapping[str, Content], identity: Identity) -> N
         shutil.rmtree(temporary, ignore_errors=True)  # a full disk is not to stay full of this
         raise
     sync_folder(folder.parent)
-    _write(folder / state.COMMITTED, state.sha256_of(manifest).encode())
-    sync_folder(folder)
+    write_file(folder / state.COMMITTED, state.sha256_of(manifest).encode())
 
 
 def _write(path: Path, content: Content) -> dict[str, Any]:
@@ -80,6 +79,16 @@ def prune(newest: Path, keep_last: int) -> None:
     before = [folder for folder in state.committed(newest.parent.parent) if state.step_of(folder) < step]
     for folder in before[: max(0, len(before) - keep_last + 1)]:
         _discard(folder)
+
+
+def tidy(run_dir: Path, keep_last: int) -> None:
+    """Finish what a save or a pruning left that was killed. Rank-local; for the owner of the run directory."""
+    folder = run_dir / state.FOLDER
+    if not folder.is_dir():
+        return
+    sweep(folder)
+    if done := state.committed(run_dir):
+        prune(done[-1], keep_last)
 
 
 def set_aside_after(run_dir: Path, step: int) -> list[Path]:

@@ -270,6 +270,8 @@ _START = f"""
 # After a requeue the job goes on from its own newest checkpoint, whatever it was first told to start from.
 if [ "${{SLURM_RESTART_COUNT:-0}}" -gt 0 ]; then train+=(checkpoint.resume=auto); fi
 
+# An array and one of its tasks have the same number: this task alone is meant where SLURM is told or asked something.
+this=${{SLURM_ARRAY_JOB_ID:+${{SLURM_ARRAY_JOB_ID}}_}}${{SLURM_ARRAY_TASK_ID:-$SLURM_JOB_ID}}
 nodes=$SLURM_JOB_NUM_NODES
 hosts=$(scontrol show hostnames "$SLURM_JOB_NODELIST")
 # Jobs of one user may share a node: a port of the job's own.
@@ -288,7 +290,7 @@ ask_to_stop() {
   echo "got $asked: asking the ranks to save and stop"
   @BESIDE@qlora stop "$run_dir" || true
   # SLURM sends a TERM to the ranks itself, and a second signal would end them at once.
-  if [ "$asked" = USR1 ]; then scancel --signal=USR1 "$SLURM_JOB_ID.0" || true; fi
+  if [ "$asked" = USR1 ]; then scancel --signal=USR1 "$this.0" || true; fi
 }
 trap 'ask_to_stop USR1' USR1
 trap 'ask_to_stop TERM' TERM
@@ -330,16 +332,20 @@ if [ "$code" = 0 ]; then rm -f "$requeues"; exit 0; fi
 facts=$(@BESIDE@qlora status "$run_dir" --json) || facts=
 again=
 case $facts in *'"resumable": true'* | *'"state": "stopped"'* | '') again=1 ;; esac
+# Cancelled after it was asked to stop: SLURM sends the same signal at the limit, and only its own words tell them apart.
+case $(scontrol show job --oneliner "$this" || true) in
+  *JobState=CANCELLED* | *'JobState=COMPLETING Reason=None '*'PreemptTime=None '*) again= ;;
+esac
 # A run too short to come to a new checkpoint must not start for ever.
 newest=none former='' count=0
 if [[ $facts =~ checkpoints/step-([0-9]+) ]]; then newest=${BASH_REMATCH[1]}; fi
 if [ -e "$requeues" ]; then read -r former count <"$requeues"; fi
 if [ "$former" = "$newest" ]; then count=$((count + 1)); else count=1; fi
 if [ "$asked" = USR1 ] && [ -n "$again" ] && [ "$count" -le @IDLE_RUNS@ ]; then
-  echo "asked to stop, and not done: requeueing job $SLURM_JOB_ID"
+  echo "asked to stop, and not done: requeueing job $this"
   echo "$newest $count" >"$requeues"
   trap '' USR1 TERM
-  scontrol requeue "$SLURM_JOB_ID"
+  scontrol requeue "$this"
 else
   echo "ended with code $code; what the ranks said: ${node_logs/\\%N/*}" >&2
 fi

@@ -15,7 +15,7 @@ from pathlib import Path
 
 from qlora.checkpoint import resume, room, state
 from qlora.checkpoint.choose import choose_checkpoint
-from qlora.checkpoint.save import set_aside_after
+from qlora.checkpoint.save import set_aside_after, tidy
 from qlora.checkpoint.saver import Saver
 from qlora.checkpoint.state import Identity, TrainerState
 from qlora.config.load import dump_config
@@ -201,6 +201,7 @@ def _train(
     def write_start(run_dir: RunDir) -> None:
         for aside in set_aside_after(folder, trainer.step):
             print(f"warning: the run does not go on from this checkpoint, which is now {aside}", file=sys.stderr, flush=True)
+        tidy(folder, config.checkpoint.keep_last)
         run_dir.write_config(dump_config(config, state.stack_versions()))
         run_dir.write_status("running", trainer.step, num_steps=num_steps, num_skipped=trainer.num_skipped)
 

@@ -39,8 +39,8 @@ def load_cluster() -> ModuleType:
 
 
 clusters = load_cluster()
-REASON = clusters.why_not()
-pytestmark = [pytest.mark.slurm, pytest.mark.skipif(REASON is not None, reason=f"no SLURM on this machine: {REASON}")]
+WHY_NOT = clusters.why_not()
+pytestmark = pytest.mark.slurm
 
 
 class Place:
@@ -209,6 +209,20 @@ def test_cancelled_saves_and_stays_away(place: Place) -> None:
     assert place.cluster.facts(job)["JobState"] == "CANCELLED"
 
 
+def test_cancelled_after_it_was_asked_to_stop(place: Place) -> None:
+    """As in the last minutes of a run, in which it was to come back."""
+    job = place.submit("runs/asked, cancelled")
+    place.until_step("runs/asked, cancelled", 5)
+    place.cluster.run("scancel", "--batch", "--signal=USR1", job)
+    log = next((place.folder / "the logs").glob(f"slurm-*-{job}.log"))
+    clusters.wait_for(lambda: "got USR1" in log.read_text(), 30)
+    place.cluster.run("scancel", job)
+    clusters.wait_for(lambda: "ended with code" in log.read_text() or "requeueing" in log.read_text(), 60)
+    assert place.cluster.wait(job)["JobState"] == "CANCELLED", log.read_text()
+    assert place.cluster.facts(job)["Restarts"] == "0"
+    assert place.status("runs/asked, cancelled")["resumable"] is True
+
+
 def test_stopped_by_hand_stays_stopped(place: Place) -> None:
     job = place.submit("runs/by hand")
     place.until_step("runs/by hand", 5)
@@ -227,6 +241,24 @@ def test_an_array_of_two_tasks(place: Place) -> None:
         assert place.status(f"runs/array/{index}")["state"] == "done"
         assert (place.folder / f"the logs/slurm-array-{job}_{index}-node2.log").is_file()
     assert len(place.adapter("runs/array/1")) < len(place.adapter("runs/array/0"))
+
+
+def test_a_task_of_an_array_comes_back_alone(place: Place) -> None:
+    """Also the one whose number is the whole array's."""
+    options = ["--nodes", "1", "--ranks-per-node", "1", "--cpus-per-rank", "1", "--logs", "the logs", "--time", "20"]
+    tasks = ["--task", "train.seed=1", "--task", "train.seed=2"]
+    said = place.qlora("slurm", "job.yaml", "train.output_dir=runs/two", *tasks, *options, "--submit")
+    found = re.search(r"job (\d+),", said)
+    assert found is not None, said
+    job = found[1]
+    for index in range(2):
+        place.until_step(f"runs/two/{index}", 5)
+    stopped = next(index for index in range(2) if place.cluster.facts(f"{job}_{index}")["JobId"] == job)
+    place.cluster.run("scancel", "--batch", "--signal=USR1", f"{job}_{stopped}")
+    for index in range(2):
+        facts = place.cluster.wait(f"{job}_{index}")
+        assert (facts["JobState"], facts["Restarts"]) == ("COMPLETED", str(int(index == stopped))), place.logs()
+        assert place.steps(f"runs/two/{index}") == list(range(1, NUM_STEPS + 1))
 
 
 def test_a_mistake_ends_the_job_with_its_words(place: Place) -> None:

@@ -110,7 +110,10 @@ def test_refused(change: dict, said: str) -> None:
 
 FAKES = {
     "python": f'exec {shlex.quote(sys.executable)} "$@"',
-    "scontrol": 'if [ "$1" = show ]; then printf "head\\nother\\n"; else echo "scontrol $*" >>"$SAID"; fi',
+    "scontrol": (
+        'case "$1 $2" in "show hostnames") printf "head\\nother\\n" ;; "show job") cat "$STATE/job" ;; '
+        '*) echo "scontrol $*" >>"$SAID" ;; esac'
+    ),
     "scancel": 'echo "scancel $*" >>"$SAID"; : >"$STATE/stop"',
     # Runs what it is told to on one node, as the second of two.
     "srun": 'while [ "$1" != bash ]; do shift; done; SLURM_NODEID=1 exec "$@"',
@@ -120,6 +123,9 @@ FAKES = {
     ),
     "qlora": 'echo "qlora $*" >>"$SAID"; if [ "$1" = status ]; then cat "$STATE/facts"; fi',
 }
+# What `scontrol show job --oneliner` says at the end of a script (22.05).
+RUNNING = "JobId=20007 JobName=mine JobState=RUNNING Reason=None Dependency=(null) PreemptTime=None SuspendTime=None\n"
+COMPLETING = RUNNING.replace("RUNNING", "COMPLETING")
 
 
 class FakeSlurm:
@@ -128,7 +134,9 @@ class FakeSlurm:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self.said = folder / "said"
-        self.environment = os.environ | {
+        # Without what the scripts take from it.
+        outside = {k: v for k, v in os.environ.items() if k not in ("VENV", "RANKS", "LAUNCH_CONFIG")}
+        self.environment = outside | {
             "PATH": f"{folder / 'bin'}:{os.environ['PATH']}",
             "SAID": str(self.said),
             "STATE": str(folder),
@@ -144,10 +152,20 @@ class FakeSlurm:
             (folder / "bin" / name).write_text(f"#!/usr/bin/env bash\n{text}\n")
             (folder / "bin" / name).chmod(0o755)
 
-    def run(self, job: SlurmJob, *, code: int, facts: str = "", send: signal.Signals | None = None, **more: str) -> int:
+    def run(
+        self,
+        job: SlurmJob,
+        *,
+        code: int,
+        facts: str = "",
+        send: signal.Signals | None = None,
+        known: str = RUNNING,
+        **more: str,
+    ) -> int:
         """The script's exit code; `send` is what its shell gets when the launcher runs, which then ends with `code`."""
         (self.folder / "code").write_text(str(code))
         (self.folder / "facts").write_text(facts)
+        (self.folder / "job").write_text(known)  # to SLURM
         (self.folder / "script").write_text(render(job))
         if send is None:
             (self.folder / "stop").touch()
@@ -254,6 +272,23 @@ def test_what_nobody_wants_again_is_not_requeued(slurm: FakeSlurm, number: signa
     assert not [order for order in slurm.orders() if order.startswith("scontrol")]
 
 
+@pytest.mark.parametrize(
+    ("known", "again"),
+    [
+        (COMPLETING, False),  # scancel
+        (RUNNING.replace("RUNNING", "CANCELLED"), False),
+        (COMPLETING.replace("Reason=None", "Reason=TimeLimit"), True),
+        (COMPLETING.replace("PreemptTime=None", "PreemptTime=2026-01-02T03:04:05"), True),
+        ("", True),  # SLURM does not answer
+    ],
+    ids=["cancelled", "cancelled, in other words", "time limit", "pre-empted", "unknown"],
+)
+def test_cancelled_after_it_was_asked_to_stop(slurm: FakeSlurm, known: str, again: bool) -> None:
+    facts = '{\n  "state": "stopped",\n  "resumable": true\n}'
+    assert slurm.run(here(TWO_NODES, slurm), code=1, facts=facts, send=signal.SIGUSR1, known=known) == 1
+    assert ("scontrol requeue 20007" in slurm.orders()) == again
+
+
 def test_a_job_that_finishes_although_it_was_asked_is_done(slurm: FakeSlurm) -> None:
     assert slurm.run(here(TWO_NODES, slurm), code=0, send=signal.SIGUSR1) == 0
     assert "scontrol requeue 20007" not in slurm.orders()
@@ -269,8 +304,9 @@ def test_a_task_of_an_array(slurm: FakeSlurm) -> None:
     facts = '{\n  "resumable": true\n}'
     slurm.run(here(KINDS["array"], slurm), code=1, facts=facts, send=signal.SIGUSR1, **task)
     assert slurm.arguments()[-3:] == ["job.yaml", "a.b=2", "c=x y"]
-    assert slurm.orders()[0] == "qlora stop runs/1"
-    assert slurm.orders()[-1] == "scontrol requeue 20007"
+    # Not by the job's number, which may be the whole array's.
+    said = ["qlora stop runs/1", "scancel --signal=USR1 20006_1.0", "qlora status runs/1 --json", "scontrol requeue 20006_1"]
+    assert slurm.orders() == said
     assert slurm.run(here(KINDS["array"], slurm), code=0, **(task | {"SLURM_ARRAY_TASK_ID": "2"})) == 2
 
 
