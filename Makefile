@@ -6,11 +6,12 @@ BIN := $(VENV)/bin
 LAUNCH := $(BIN)/accelerate launch
 
 .DEFAULT_GOAL := help
-.PHONY: help venv quickstart test test-elastic test-slurm test-hosts test-packages chaos lint format bench clean
+.PHONY: help venv quickstart test test-long test-elastic test-slurm test-hosts test-packages chaos lint format bench clean
 
 help:
 	@echo "make quickstart   train and show a small adapter, two processes"
-	@echo "make test         all tests"
+	@echo "make test         the tests, but for those below"
+	@echo "make test-long    what takes many launches: lost ranks, every variant of LoRA in shares"
 	@echo "make test-elastic every place a run can be saved at, gone on with at every other"
 	@echo "make test-slurm   the tests that start a SLURM of their own"
 	@echo "make test-hosts   the tests on two hosts of their own, joined by a cable that is cut"
@@ -36,18 +37,23 @@ quickstart: venv
 test: venv
 	$(BIN)/python -m pytest
 
+# What takes many launches: lost ranks, errors of one rank, starts from weights or data, and every variant of LoRA in shares.
+test-long: venv
+	$(BIN)/python -m pytest -m long
+
 # 81 pairs, minutes. Of them `make test` takes one run through all places.
 test-elastic: venv
 	QLORA_TEST_ELASTIC=1 $(BIN)/python -m pytest tests/e2e/test_elastic.py -k every_place
 
+# Machines within the machine have time limits of their own: what fails once is tried once more.
 # A controller and two nodes on this machine. Needs root and, on Debian, apt-get install slurm-wlm munge iproute2; says
 # what is missing otherwise.
 test-slurm: venv
-	QLORA_TEST_SLURM=1 $(BIN)/python -m pytest tests/slurm
+	QLORA_TEST_SLURM=1 $(BIN)/python -m pytest tests/slurm || QLORA_TEST_SLURM=1 $(BIN)/python -m pytest tests/slurm --last-failed
 
 # Two network namespaces on this machine. Needs root and iproute2; says what is missing otherwise.
 test-hosts: venv
-	QLORA_TEST_HOSTS=1 $(BIN)/python -m pytest tests/hosts
+	QLORA_TEST_HOSTS=1 $(BIN)/python -m pytest tests/hosts || QLORA_TEST_HOSTS=1 $(BIN)/python -m pytest tests/hosts --last-failed
 
 # Installs what the two need on Debian, as root, where apt works; leaves the machine as it is elsewhere.
 test-packages:

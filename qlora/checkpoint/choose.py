@@ -41,7 +41,9 @@ def choose_checkpoint(
 
 def _choose(run_dir: Path, config: JobConfig, identity: Identity, force: bool) -> tuple[Found | None, dict[str, int]]:
     """What the main rank finds, and the sizes of its files. For the owner of the run directory."""
-    found = resume.find_checkpoint(run_dir, config.checkpoint.resume)
+    # Ranks that their launcher starts again go on from what the start before has saved, whatever that one went on from.
+    found = resume.find_checkpoint(run_dir, "auto") if _is_restart() else None
+    found = found or resume.find_checkpoint(run_dir, config.checkpoint.resume)
     if found is None:
         return None, {}
     job = replace(identity, global_batch_size=resume.global_batch_of(found, config, identity.world_size))
@@ -55,6 +57,11 @@ def _choose(run_dir: Path, config: JobConfig, identity: Identity, force: bool) -
     if changed := resume.changed_versions(found, job):
         print(f"warning: {changed}: the run may not continue to the last bit", file=sys.stderr, flush=True)
     return found, {name: recorded["size"] for name, recorded in state.read_manifest(found.folder).files.items()}
+
+
+def _is_restart() -> bool:
+    """Whether the launcher has started these ranks before (`--max_restarts`)."""
+    return os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") not in ("", "0")
 
 
 def _see(folder: Path, sizes: dict[str, int]) -> None:

@@ -83,7 +83,15 @@ def _open(folder: Path) -> Found:
             )  # fmt: skip
         if state.sha256_of(content) != recorded["sha256"]:
             raise CheckpointError(f"{name} does not match its checksum", place=str(folder))
-    trainer = TrainerState(**json.loads(read_bytes(folder / state.STATE_NAME)))
+    try:
+        trainer = TrainerState(**json.loads(read_bytes(folder / state.STATE_NAME)))
+    except (TypeError, ValueError) as error:
+        raise CheckpointError(
+            f"{state.STATE_NAME} is of another version of qlora ({manifest.identity.versions.get('qlora')})",
+            place=str(folder),
+            found=str(error),
+            next_step="resume with that version; as an adapter the checkpoint can still be loaded",
+        ) from error
     return Found(folder, trainer, manifest.identity)
 
 
@@ -92,9 +100,13 @@ def global_batch_of(found: Found | None, config: JobConfig, world_size: int) -> 
 
     A job that says the same of micro-batches as the checkpoint's keeps its global batch, whatever the number of ranks.
     """
-    if found is not None and same_batch_keys(_config_of(found), config):
-        return found.identity.global_batch_size
+    if found is not None and same_batch_keys(before := _config_of(found), config):
+        return _global_batch(found.identity, before)
     return global_batch_rows(config, world_size)
+
+
+def _global_batch(identity: Identity, config: JobConfig) -> int:
+    return identity.global_batch_size or global_batch_rows(config, identity.world_size)
 
 
 def check_identity(found: Found, job: Identity, *, force: bool) -> list[str]:
@@ -118,14 +130,13 @@ def check_identity(found: Found, job: Identity, *, force: bool) -> list[str]:
     elif old.plan != new.plan:
         problems.append(f"packing: the plans differ ({old.plan[:12]} then, {new.plan[:12]} now)")
     old_config, new_config = _config_of(found), JobConfig.model_validate(new.config)
-    changes = changed_keys(
-        old_config, new_config, old_global_batch=old.global_batch_size, new_global_batch=new.global_batch_size
-    )
-    if old.global_batch_size != new.global_batch_size:
+    old_batch, new_batch = _global_batch(old, old_config), _global_batch(new, new_config)
+    changes = changed_keys(old_config, new_config, old_global_batch=old_batch, new_global_batch=new_batch)
+    if old_batch != new_batch:
         problems.append(
-            f"global batch: {old.global_batch_size} packs then ({old.world_size} ranks), {new.global_batch_size} now "
-            f"({new.world_size} ranks); with per_device_train_batch_size and gradient_accumulation_steps as they were, any "
-            f"number of ranks keeps the {old.global_batch_size}"
+            f"global batch: {old_batch} packs then ({old.world_size} ranks), {new_batch} now ({new.world_size} ranks); with "
+            "per_device_train_batch_size and gradient_accumulation_steps as they were, any number of ranks keeps the "
+            f"{old_batch}"
         )
     # A prepared base is as it is, whatever the job asks for; what counts is how the weights are held.
     prepared = "origin" in {*old.base, *new.base} and bool(before & after)

@@ -115,7 +115,15 @@ def _discard(folder: Path) -> None:
     """Rename first: a folder that is being deleted must not look like a checkpoint with files missing."""
     trash = folder.with_name(f".{folder.name}.{os.getpid()}.trash")
     os.rename(folder, trash)
-    shutil.rmtree(trash)
+    _remove(trash)
+
+
+def _remove(path: Path) -> None:
+    """What somebody has put elsewhere and linked here is left there."""
+    if path.is_symlink() or not path.is_dir():
+        path.unlink()
+    else:
+        shutil.rmtree(path)
 
 
 def sweep(parent: Path) -> None:
@@ -124,4 +132,4 @@ def sweep(parent: Path) -> None:
     # Renamed, and then never committed.
     leftovers += [path for path in state.numbered(parent) if not is_listed(path / state.COMMITTED)]
     for leftover in leftovers:
-        shutil.rmtree(leftover)
+        _remove(leftover)

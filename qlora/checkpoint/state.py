@@ -69,7 +69,7 @@ class Identity:
         config: the resolved job.
         world_size, mode: how it was run; these may change.
         versions: of the stack.
-        global_batch_size: packs of an optimizer step over all ranks; these stay.
+        global_batch_size: packs of an optimizer step over all ranks; these stay. 0: as the job file and the ranks make it.
     """
 
     base: dict[str, Any]
@@ -79,7 +79,7 @@ class Identity:
     world_size: int
     mode: str
     versions: dict[str, str]
-    global_batch_size: int
+    global_batch_size: int = 0  # checkpoints of before have none
 
 
 @dataclass(frozen=True)

@@ -95,7 +95,7 @@ class LoraConfig(Section):
     )
     exclude_modules: str | list[str] = Field(default_factory=list, description="Same forms as target_modules.")
     dtype: Literal["float32", "bfloat16"] = Field(
-        "float32", description="dtype of A and B, which are their own master copy (in bfloat16: but under ZeRO)."
+        "float32", description="dtype of A and B. bfloat16 ones have fp32 copies, which the optimizer updates."
     )
     use_rslora: bool = Field(False, description="Scale by lora_alpha / sqrt(r) (Kalajdzievski 2023).")
     use_dora: bool = Field(False, description="Train magnitude and direction apart (Liu et al. 2024).")

@@ -96,9 +96,18 @@ def prepare_engine(config: JobConfig, runtime: Runtime, train_model: TrainModel)
     """Hand the module to Accelerate and DeepSpeed. Collective.
 
     Raises:
-        ConfigError: rows are to be packed, and this model would let their documents see each other.
+        ConfigError: rows are to be packed, and this model would let their documents see each other; or what trains has
+            several dtypes under ZeRO-3.
     """
     parameters = [p for p in train_model.parameters() if p.requires_grad]
+    dtypes = sorted({str(p.dtype).removeprefix("torch.") for p in parameters})
+    if runtime.is_sharded and len(dtypes) > 1:
+        raise ConfigError(
+            "DeepSpeed's ZeRO-3 keeps all that trains in one dtype",  # 0.19.8 lays the shares into one buffer
+            place="lora.dtype",
+            found=f"{' and '.join(dtypes)}: magnitudes and modules trained as wholes are float32",
+            next_step="set lora.dtype to float32, or launch with zero2.yaml",
+        )
     optimizer = build_optimizer(
         parameters,
         config.train,

@@ -52,15 +52,20 @@ def record_failure(run_dir: RunDir | None, error: BaseException) -> None:
     )
 
 
-def record_end(run_dir: RunDir | None, outcome: str, num_steps: int, stop: StopFlag) -> None:
-    """Say that training is done, or was stopped and saved. As `record_early_stop`."""
+def record_end(run_dir: RunDir | None, outcome: str, num_steps: int, stop: StopFlag, resume: str) -> None:
+    """Say that training is done, or was stopped and saved. As `record_early_stop`.
+
+    Args:
+        resume: the job's `checkpoint.resume`.
+    """
     if run_dir is None:
         return
     if outcome == "done":
         run_dir.write_status("done", num_steps, num_steps=num_steps, exit_code=EXIT_DONE)
         return
     step = last_saved_step(run_dir.path) or 0
-    print(f"stopped on request ({reason_of(stop)}) after step {step}, saved; start the job again to go on", flush=True)
+    how = "" if resume == "auto" else " with checkpoint.resume=auto"
+    print(f"stopped on request ({reason_of(stop)}) after step {step}, saved; start the job again{how} to go on", flush=True)
     run_dir.write_status(
         "stopped", step, num_steps=num_steps, exit_code=EXIT_STOPPED, reason=reason_of(stop), resumable=True
     )

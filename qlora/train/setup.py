@@ -106,6 +106,9 @@ def _run(config: JobConfig, stop: StopFlag, peers: Peers, *, dry_run: bool, forc
         if run_dir is not None:
             run_dir.discard()
         raise
+    except Exception as error:
+        record_failure(run_dir, error)
+        raise
     finally:
         # Not before: where a rank fails, the launcher's signal to the others must not cut the record short.
         stop.release()
@@ -199,7 +202,9 @@ def _train(
         announce(config, runtime, model.qlora_base, report, data.rows, len(plan), num_steps, split, found)
 
     def write_start(run_dir: RunDir) -> None:
-        for aside in set_aside_after(folder, trainer.step):
+        # Those of another line than the one that is gone on with are none of this run's.
+        is_own = found is None or found.folder.resolve().parent == (folder / state.FOLDER).resolve()
+        for aside in set_aside_after(folder, trainer.step if is_own else -1):
             print(f"warning: the run does not go on from this checkpoint, which is now {aside}", file=sys.stderr, flush=True)
         tidy(folder, config.checkpoint.keep_last)
         run_dir.write_config(dump_config(config, state.stack_versions()))
@@ -240,7 +245,7 @@ def _train(
     if outcome == "done":
         runtime.tick("writing the adapter")
         write_adapter(runtime, model, folder / "adapter", model_card(config, identity, report, num_steps))
-    record_end(run_dir, outcome, num_steps, stop)
+    record_end(run_dir, outcome, num_steps, stop, config.checkpoint.resume)
     # A launcher that sees one rank end with another code than 0 ends the others at once: none may leave before the
     # main rank has written everything.
     runtime.barrier()

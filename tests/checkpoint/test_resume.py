@@ -196,6 +196,26 @@ def test_a_job_of_another_version_is_refused_in_words(found: resume.Found, ident
         check_identity(old, identity, force=False)
 
 
+def test_a_checkpoint_that_does_not_state_its_global_batch_had_that_of_its_job_file(found: resume.Found) -> None:
+    old = replace(found, identity=replace(found.identity, global_batch_size=0))
+    assert resume.global_batch_of(old, JobConfig(), 5) == 2
+    assert check_identity(old, found.identity, force=False) == []
+
+
+def test_a_state_of_another_version_is_no_damage_but_said(run_dir: Path, write: Write) -> None:
+    folder = write(3)
+    path = folder / state.STATE_NAME
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"later": 1}))
+    manifest = json.loads((folder / state.MANIFEST_NAME).read_text())
+    manifest["files"][state.STATE_NAME] = {
+        "size": path.stat().st_size, "sha256": state.sha256_of(path.read_bytes())
+    }  # fmt: skip
+    (folder / state.MANIFEST_NAME).write_text(json.dumps(manifest))
+    (folder / state.COMMITTED).write_text("")
+    with pytest.raises(CheckpointError, match="another version of qlora"):
+        find_checkpoint(run_dir, str(folder))
+
+
 def test_other_versions_of_the_stack_are_listed(found: resume.Found, identity: Identity) -> None:
     other = replace(identity, versions={"torch": "3", "new": "1"})
     assert changed_versions(found, other) == "new None -> 1, torch 2 -> 3"

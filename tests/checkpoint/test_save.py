@@ -223,6 +223,17 @@ def test_other_things_in_the_folder_are_left_alone(run_dir: Path, write: Write) 
     assert sorted(path.name for path in parent.iterdir()) == names
 
 
+def test_what_is_linked_here_is_left_where_it_is(run_dir: Path, write: Write, tmp_path: Path) -> None:
+    moved = tmp_path / "elsewhere"
+    write(1).rename(moved)
+    (run_dir / "checkpoints/step-00000001").symlink_to(moved)
+    (run_dir / "checkpoints/.step-00000009.7.tmp").write_text("a file")
+    assert steps(run_dir) == [1]
+    write(2, keep_last=1)
+    assert sorted(path.name for path in (run_dir / "checkpoints").iterdir()) == ["step-00000002"]
+    assert (moved / "COMMITTED").is_file()
+
+
 def test_setting_aside_deletes_nothing_and_never_collides(run_dir: Path, write: Write) -> None:
     for _ in range(2):
         for step in (1, 2, 3):

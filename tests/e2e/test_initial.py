@@ -20,7 +20,7 @@ from qlora.lora.from_weights import FromWeights
 from qlora.quant.load import load_model
 from qlora.quant.source import resolve_base
 
-pytestmark = pytest.mark.e2e
+pytestmark = [pytest.mark.e2e, pytest.mark.long]
 
 
 @pytest.mark.parametrize("method", ["loftq", "eva"])

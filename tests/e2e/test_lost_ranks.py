@@ -20,7 +20,7 @@ import pytest
 
 from qlora.cli.status import lock_is_held, read_status
 
-pytestmark = pytest.mark.e2e
+pytestmark = [pytest.mark.e2e, pytest.mark.long]
 LIMITS = ["train.silent_rank_seconds=5", "train.stalled_rank_seconds=5"]
 SAVES = "checkpoint.every_steps=2"
 

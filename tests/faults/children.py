@@ -15,6 +15,7 @@ import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -70,6 +71,8 @@ def in_child(work: Callable[[], int | None], log: Path) -> int:
         os.dup2(handle, 1)
         os.dup2(handle, 2)
         sys.stdout, sys.stderr = os.fdopen(1, "w"), os.fdopen(2, "w")
+        # What other tests of this process have left: a process group of one.
+        import_module("accelerate.state").AcceleratorState._reset_state(True)
         code = work() or 0
     except BaseException:
         import traceback

@@ -19,7 +19,7 @@ def faults_project(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
     project.end_all()
 
 
-@pytest.fixture(autouse=True, scope="session")
+@pytest.fixture(autouse=True, scope="module")
 def _without_compiling() -> Iterator[None]:
     """As in the processes that a launch starts."""
     from torch._dynamo import config

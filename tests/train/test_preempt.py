@@ -133,7 +133,7 @@ def test_a_lost_launcher_is_a_request_and_a_lost_shell_is_not(monkeypatch: pytes
         flag.watch(lambda: looks.append(True))
         assert soon(lambda: looks)
         assert not flag.requested()
-        monkeypatch.setattr(os, "getppid", lambda: 1)
+        monkeypatch.setattr(os, "getppid", lambda: -1)
         looks.clear()
         assert soon(lambda: flag.requested() or len(looks) > 2)
         assert flag.reason == ("the launcher is gone" if launched else None)
