@@ -260,6 +260,7 @@ def rows_of(run_dir: Path) -> list[dict[str, Any]]:
     [
         ("ddp", "train.weight_decay=0.2", ["train.weight_decay: 0.1 then, 0.2 now"]),  # found on rank 0 alone
         ("zero3", "lora.target_modules=[query]", ["query"]),  # found on every rank
+        ("zero3", "lora={dtype: bfloat16, use_dora: true}", ["one dtype", "bfloat16 and float32", "zero2.yaml"]),
     ],
 )
 def test_an_error_under_a_launcher_ends_all_ranks(
