@@ -11,7 +11,7 @@ LAUNCH := $(BIN)/accelerate launch
 help:
 	@echo "make quickstart   train and show a small adapter, two processes"
 	@echo "make test         the tests, but for those below"
-	@echo "make test-long    what takes many launches: lost ranks, every variant of LoRA in shares"
+	@echo "make test-long    what takes many launches: lost ranks, offloading, every variant of LoRA"
 	@echo "make test-elastic every place a run can be saved at, gone on with at every other"
 	@echo "make test-slurm   the tests that start a SLURM of their own"
 	@echo "make test-hosts   the tests on two hosts of their own, joined by a cable that is cut"
@@ -37,7 +37,8 @@ quickstart: venv
 test: venv
 	$(BIN)/python -m pytest
 
-# What takes many launches: lost ranks, errors of one rank, starts from weights or data, and every variant of LoRA in shares.
+# What takes many launches: lost ranks, errors of one rank, starts from weights or data, offloading, answers of many ranks,
+# and every variant of LoRA in shares.
 test-long: venv
 	$(BIN)/python -m pytest -m long
 

@@ -19,7 +19,7 @@ from safetensors.torch import load_file, save_file
 import qlora
 from qlora.cli.main import main
 
-pytestmark = pytest.mark.e2e
+pytestmark = [pytest.mark.e2e, pytest.mark.long]
 
 PROMPTS = ["one", "what is this", "alpha beta " * 9, "two three four", "a", "seven six five four three", "hello world " * 4]
 NUM_ROWS = 7
