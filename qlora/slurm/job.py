@@ -325,6 +325,10 @@ while kill -0 "$launcher" 2>/dev/null; do
   code=0
   wait "$launcher" || code=$?
 done
+# It may have ended while the trap was at work; 127: it was waited for.
+ended=0
+if [ "$code" -gt 128 ]; then wait "$launcher" || ended=$?; fi
+if [ "$code" -gt 128 ] && [ "$ended" != 127 ]; then code=$ended; fi
 requeues=${node_logs/%-%N.log/.requeues}
 if [ "$code" = 0 ]; then rm -f "$requeues"; exit 0; fi
 

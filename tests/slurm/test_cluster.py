@@ -186,7 +186,7 @@ def test_a_node_goes_down(place: Place, whole: bytes) -> None:
 @pytest.mark.parametrize("name", ["single_node", "multi_node"])
 def test_shipped_scripts(place: Place, name: str) -> None:
     """With what sbatch's command line says instead of their own numbers. The GPUs are SLURM's idea alone."""
-    options = ["--gpus-per-node=1", "--cpus-per-task=1", "--time=5", f"--nodes={2 if name == 'multi_node' else 1}"]
+    options = ["--gpus-per-node=1", "--cpus-per-task=1", "--time=30", f"--nodes={2 if name == 'multi_node' else 1}"]
     script = str(ROOT / f"launch/slurm/{name}.sbatch")
     overrides = [f"train.output_dir=runs/{name}", "train.max_steps=2"]
     job = place.sbatch(*options, script, "job.yaml", *overrides, VENV=sys.prefix)

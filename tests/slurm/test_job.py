@@ -121,7 +121,11 @@ FAKES = {
         'printf "%s\\n" "$@" >"$STATE/arguments"; trap >"$STATE/traps"; '
         'while [ ! -e "$STATE/stop" ]; do sleep .05; done; exit "$(cat "$STATE/code")"'
     ),
-    "qlora": 'echo "qlora $*" >>"$SAID"; if [ "$1" = status ]; then cat "$STATE/facts"; fi',
+    "qlora": (
+        'echo "qlora $*" >>"$SAID"; if [ "$1" = status ]; then cat "$STATE/facts"; fi; '
+        # The launcher ends while the script still asks it to.
+        'if [ "$1" = stop ] && [ -n "${SLOW:-}" ]; then : >"$STATE/stop"; sleep 1; fi'
+    ),
 }
 # What `scontrol show job --oneliner` says at the end of a script (22.05).
 RUNNING = "JobId=20007 JobName=mine JobState=RUNNING Reason=None Dependency=(null) PreemptTime=None SuspendTime=None\n"
@@ -292,6 +296,12 @@ def test_cancelled_after_it_was_asked_to_stop(slurm: FakeSlurm, known: str, agai
 def test_a_job_that_finishes_although_it_was_asked_is_done(slurm: FakeSlurm) -> None:
     assert slurm.run(here(TWO_NODES, slurm), code=0, send=signal.SIGUSR1) == 0
     assert "scontrol requeue 20007" not in slurm.orders()
+
+
+@pytest.mark.parametrize("code", [0, 1, 137])
+def test_how_a_job_ended_is_known_although_it_ended_while_it_was_asked(slurm: FakeSlurm, code: int) -> None:
+    facts = '{"state": "failed"}'
+    assert slurm.run(here(TWO_NODES, slurm), code=code, facts=facts, send=signal.SIGUSR1, SLOW="1") == code
 
 
 def test_a_restarted_job_resumes_from_its_own_checkpoint(slurm: FakeSlurm) -> None:
