@@ -2,7 +2,7 @@
 
 gloo's threads may hold tensors for a moment after the last collective. Where one lets go of such a tensor while the
 interpreter is being torn down, it asks for Python's lock, is ended for it inside of a destructor, and the process aborts
-(torch 2.13, pytorch issue 190489): a job that is done would count as failed. Leaving the process group does not wait for
+(torch 2.13, pytorch/pytorch#190489): a job that is done would count as failed. Leaving the process group does not wait for
 these threads as long as DeepSpeed keeps a reference to it.
 """
 

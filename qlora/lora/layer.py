@@ -186,8 +186,8 @@ class LoraLayer(nn.Module, ABC):
         return False
 
     def low_rank(self, name: str, x: Tensor) -> Tensor:
-        """An update's part of the output, where `adds_to_base`; without dropout."""
-        raise NotImplementedError
+        """An update's part of the output, where `adds_to_base`; without dropout. Not to be asked of other kinds."""
+        raise NotImplementedError(f"{type(self).__name__} adds nothing to its base's output")
 
     @property
     def num_factors(self) -> int:

@@ -63,8 +63,8 @@ def message_of(folder: Path) -> str:
 
 def test_what_real_peft_saved(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Oracle: PEFT's own count of what it saved."""
-    peft = pytest.importorskip("peft")
-    torch = pytest.importorskip("torch")
+    peft = pytest.importorskip("peft", reason="the test extra installs it")
+    import torch
 
     class Net(torch.nn.Module):
         def __init__(self) -> None:
@@ -107,7 +107,7 @@ def test_variants_that_real_peft_saved(
     tmp_path: Path, make_model: Callable[..., Any], variant: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Oracle: PEFT's layers, as they are in memory."""
-    peft = pytest.importorskip("peft")
+    peft = pytest.importorskip("peft", reason="the test extra installs it")
     from peft.tuners.lora import LoraLayer
 
     base = make_model("mixtral") if variant == "target_parameters" else make_model("llama")
@@ -143,7 +143,7 @@ def test_ranks_of_experts_by_pattern(
     tmp_path: Path, make_model: Callable[..., Any], names: list[str], owner: str, pattern: dict[str, int]
 ) -> None:
     """Oracle: PEFT's layers, as they are in memory."""
-    peft = pytest.importorskip("peft")
+    peft = pytest.importorskip("peft", reason="the test extra installs it")
     from peft.tuners.lora import LoraLayer
 
     entries = [f"{owner}{name}" for name in names]
@@ -160,7 +160,7 @@ def test_ranks_of_experts_by_pattern(
 def test_ranks_of_experts_that_cannot_be_told(
     tmp_path: Path, make_model: Callable[..., Any], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    peft = pytest.importorskip("peft")
+    peft = pytest.importorskip("peft", reason="the test extra installs it")
     entries = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
     config = peft.LoraConfig(r=4, target_modules=["q_proj"], target_parameters=entries, rank_pattern={"gate_up_proj": 8})
     peft.get_peft_model(make_model("mixtral"), config).save_pretrained(str(tmp_path))
