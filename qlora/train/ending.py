@@ -18,7 +18,7 @@ from qlora.train.run_dir import RunDir
 
 def reason_of(stop: StopFlag) -> str:
     """Why the run was stopped, in words."""
-    return stop.reason or "another rank was asked to stop"
+    return stop.look_now() or "another rank was asked to stop"
 
 
 def record_early_stop(run_dir: RunDir | None, stop: StopFlag) -> None:

@@ -84,6 +84,22 @@ class StopFlag:
         """Whether this rank was asked to stop. Rank-local, costs nothing."""
         return self.reason is not None
 
+    def look_now(self) -> str | None:
+        """The reason, looked for at once where this rank's thread has seen none: another rank's may have been faster.
+
+        Rank-local.
+        """
+        if self.reason is None and self._is_orphan():
+            self._ask("the launcher is gone")
+        for look in self._looks if self.reason is None else ():
+            if reason := look():
+                self._ask(reason)
+                break
+        return self.reason
+
+    def _is_orphan(self) -> bool:
+        return self._launcher is not None and os.getppid() != self._launcher
+
     def listen(self, *, at_once: bool = False) -> StopFlag:
         """Take over SIGTERM, SIGINT and SIGUSR1 in this process; Python allows that in the main thread alone.
 
@@ -181,15 +197,12 @@ class StopFlag:
             if end := look_for_end():
                 self._end_at_once(end.reason, end.code, end.text)
         before = self.reason
-        if self._launcher is not None and os.getppid() != self._launcher:
+        if self._is_orphan():
             now = time.monotonic()
             self._orphan_since = self._orphan_since or now
-            self._ask("the launcher is gone")
             if now - self._orphan_since > ORPHAN_SECONDS:
                 self._end_at_once("the launcher is gone, and the ranks do not come to the end of a step", EXIT_BUG)
-        for look in self._looks if self.reason is None else ():
-            if reason := look():
-                self._ask(reason)
+        self.look_now()
         if before is None and self.reason is not None and self._at_once:
             signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGUSR1)
 

@@ -141,6 +141,18 @@ def test_a_lost_launcher_is_a_request_and_a_lost_shell_is_not(monkeypatch: pytes
         flag.release()
 
 
+def test_a_rank_that_others_stop_first_knows_why_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each rank looks twice a second: the others may have agreed to stop before this one's next look."""
+    monkeypatch.setenv("LOCAL_RANK", "0")
+    flag = StopFlag()
+    assert flag.look_now() is None
+    flag.watch(lambda: "the file STOP")
+    assert flag.look_now() == "the file STOP"
+    orphan = StopFlag()
+    monkeypatch.setattr(os, "getppid", lambda: -1)
+    assert (orphan.look_now(), orphan.reason) == ("the launcher is gone",) * 2
+
+
 def test_an_orphan_that_comes_to_no_step_ends() -> None:
     """The middle process starts a rank and is killed."""
     rank = (
