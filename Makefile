@@ -6,18 +6,19 @@ BIN := $(VENV)/bin
 LAUNCH := $(BIN)/accelerate launch
 
 .DEFAULT_GOAL := help
-.PHONY: help venv quickstart test test-long test-elastic test-slurm test-hosts test-packages chaos lint format bench clean
+.PHONY: help venv quickstart test test-gpu test-long test-elastic test-slurm test-hosts test-packages chaos lint format bench clean
 
 help:
 	@echo "make quickstart   train and show a small adapter, two processes"
 	@echo "make test         the tests, but for those below"
 	@echo "make test-long    what takes many launches: lost ranks, offloading, every variant of LoRA"
+	@echo "make test-gpu     the tests that need a GPU"
 	@echo "make test-elastic every place a run can be saved at, gone on with at every other"
 	@echo "make test-slurm   the tests that start a SLURM of their own"
 	@echo "make test-hosts   the tests on two hosts of their own, joined by a cable that is cut"
 	@echo "make chaos        kills a training run a hundred times, at random"
 	@echo "make lint         ruff and mypy"
-	@echo "make bench        benchmarks, against TRL + PEFT as well (installs them)"
+	@echo "make bench        benchmarks, against TRL + PEFT as well (installs them); long"
 
 $(VENV)/.made: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -45,6 +46,10 @@ test: venv
 # and every variant of LoRA in shares.
 test-long: venv
 	$(BIN)/python -m pytest -m long || $(BIN)/python -m pytest -m long $(AGAIN)
+
+# On a machine with a GPU; elsewhere each says that it was skipped.
+test-gpu: venv
+	$(BIN)/python -m pytest -m gpu tests/gpu
 
 # 81 pairs, minutes. Of them `make test` takes one run through all places.
 test-elastic: venv
@@ -77,11 +82,16 @@ format: venv
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
+# About an hour and a half on two quiet cores. BENCH_ROWS=packed,memory BENCH_PAIRS=1 for less, BENCH_ROWS=all for more
+# (ranks, 8,192 tokens); what was measured already is not measured again.
+BENCH_ROWS ?= quick
+BENCH_PAIRS ?= 5
 bench: venv
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[bench]' --constraint constraints.txt
 	$(BIN)/python benchmarks/load_memory.py
-	$(BIN)/python benchmarks/against_trl.py
+	$(BIN)/python benchmarks/against_trl.py --rows $(BENCH_ROWS) --pairs $(BENCH_PAIRS)
 	$(BIN)/python benchmarks/checkpoints.py
+	$(BIN)/python benchmarks/readme_table.py
 
 clean:
 	rm -rf $(VENV) runs

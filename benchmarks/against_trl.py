@@ -1,188 +1,102 @@
-"""Packed QLoRA training on the quickstart's data: useful tokens a second, this project against TRL + PEFT.
+"""This project against TRL + PEFT on CPUs: speed, memory, starting, loading, saving, evaluating, and two ranks against one.
 
-Both train the embedded base in NF4 with double quantization, bf16 compute, r=16 on all linear layers, rows of 512 tokens
-packed, loss on the answers alone, no recomputation, one process with all cores, the same allocator settings. Each arm is a
-fresh process, in the order A B B A, two warm-up steps left out. Useful tokens are those that are not padding. An arm whose
-gradient norm is zero, or whose mean loss is 5% away from the other's, does not count.
+A base of SmolLM2-135M's shape (random weights, NF4 with double quantization, bf16 compute), r=16 on all linear layers, one
+learning rate, one seed. Each arm is a fresh process, with the same allocator settings, all cores, and two warm-up steps left
+out; pairs run in the order A B B A. Both sides compute the same packs at every step, and a pair whose losses differ by more
+than 1%, at any step, or that has a gradient of zero, does not count (padded against packed: the loss of the first step,
+before any update). Useful tokens are those that are not padding; time is the wall clock from step to step. Memory is the
+peak of a process of its own above what it holds when training begins. A matrix product timed between the runs tells
+whether other jobs disturbed them; a disturbed pair is tried again.
 
-    python benchmarks/against_trl.py [--pairs 5] [--steps 20] [--results benchmarks/results/against_trl_MACHINE_DATE.md]
+    python benchmarks/against_trl.py [--rows packed,long2k | all] [--pairs 5]
+
+Every pair is a line of benchmarks/results/raw/against_trl_MACHINE.jsonl, so that a run that was cut short goes on with what
+is missing, and more pairs can be added later under the same --campaign. `python benchmarks/readme_table.py` makes the table
+in README.md of it. Needs `pip install -e '.[bench]' -c constraints.txt`.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
-import os
-import statistics
-import subprocess
+import datetime
 import sys
-import tempfile
 import time
-from itertools import pairwise
+from functools import partial
 from pathlib import Path
-from typing import Any
 
-from machine import describe, write_results
-
-from qlora.assets import tiny_path
-
-ROWS, LENGTH, RANK, ALPHA, LEARNING_RATE, WARMUP_STEPS = 2, 512, 16, 32, 2e-4, 2
-# With glibc's defaults large buffers go back to the kernel at every free and come back as fresh pages.
-ALLOCATOR = {"MALLOC_MMAP_THRESHOLD_": "4294967296", "MALLOC_TRIM_THRESHOLD_": "4294967296"}
+WAIT_SECONDS = 20
 
 
-def train_qlora(data: Path, folder: Path, steps: int) -> dict[str, Any]:
-    """This project's arm."""
-    from qlora.cli.main import main
-
-    overrides = [
-        f"data.train=[{data}]", f"data.max_length={LENGTH}", f"data.cache_dir={folder / 'cache'}", f"lora.r={RANK}",
-        f"lora.lora_alpha={ALPHA}", f"train.output_dir={folder / 'run'}", f"train.max_steps={steps}",
-        f"train.per_device_train_batch_size={ROWS}", f"train.learning_rate={LEARNING_RATE}", "train.warmup_steps=0",
-        "train.lr_scheduler_type=constant", "train.gradient_checkpointing=false", "checkpoint.every_steps=null",
-    ]  # fmt: skip
-    job = folder / "job.yaml"
-    job.write_text("{}\n")
-    code = main(["train", str(job), *overrides])
-    if code:
-        raise SystemExit(code)
-    rows = [json.loads(line) for line in (folder / "run" / "metrics.jsonl").read_text().splitlines()]
-    tokens = [b["num_tokens"] - a["num_tokens"] for a, b in pairwise(rows)]
-    timed = list(zip(rows[1:], tokens, strict=True))[WARMUP_STEPS - 1 :]
-    return {
-        "tokens_per_second": sum(n for _, n in timed) / sum(row["step_seconds"] for row, _ in timed),
-        "loss": statistics.mean(row["loss"] for row in rows),
-        "smallest_norm": min(row["grad_norm"] for row in rows),
-        "peak_memory_bytes": rows[-1]["peak_memory_bytes"],
-    }
-
-
-def train_trl(data: Path, folder: Path, steps: int) -> dict[str, Any]:
-    """The peer's arm: SFTTrainer with PEFT and BitsAndBytesConfig, packing on, recomputation off."""
-    import resource
-
-    import torch
-    from datasets import load_dataset
-    from peft import LoraConfig
-    from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, TrainerCallback
-    from trl import SFTConfig, SFTTrainer
-
-    quantization = BitsAndBytesConfig(
-        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=torch.bfloat16
-    )
-    model = AutoModelForCausalLM.from_pretrained(tiny_path(), dtype=torch.bfloat16, quantization_config=quantization)
-    seconds: list[float] = []
-    tokens: list[int] = []
-
-    class Clock(TrainerCallback):  # type: ignore[misc]
-        def on_step_begin(self, *args: Any, **kwargs: Any) -> None:
-            self.start = time.perf_counter()
-
-        def on_step_end(self, *args: Any, **kwargs: Any) -> None:
-            seconds.append(time.perf_counter() - self.start)
-
-    arguments = SFTConfig(
-        output_dir=str(folder / "trl"), max_steps=steps, per_device_train_batch_size=ROWS, learning_rate=LEARNING_RATE,
-        lr_scheduler_type="constant", warmup_steps=0, packing=True, max_length=LENGTH, assistant_only_loss=True,
-        gradient_checkpointing=False, logging_steps=1, save_strategy="no", report_to=[], use_cpu=True, bf16=True, seed=0,
-        dataloader_pin_memory=False,
-    )  # fmt: skip
-    trainer = SFTTrainer(
-        model=model,
-        args=arguments,
-        train_dataset=load_dataset("json", data_files=str(data), split="train"),
-        processing_class=AutoTokenizer.from_pretrained(tiny_path()),
-        peft_config=LoraConfig(r=RANK, lora_alpha=ALPHA, target_modules="all-linear", task_type="CAUSAL_LM"),
-        callbacks=[Clock()],
-    )
-    collate = trainer.data_collator
-
-    def counting(features: list[dict[str, Any]]) -> Any:
-        tokens.append(sum(len(feature["input_ids"]) for feature in features))
-        return collate(features)
-
-    trainer.data_collator = counting
-    trainer.train()
-    logs = [entry for entry in trainer.state.log_history if "loss" in entry]
-    used = tokens[:steps]  # the loader may look one batch ahead
-    return {
-        "tokens_per_second": sum(used[WARMUP_STEPS:]) / sum(seconds[WARMUP_STEPS:]),
-        "loss": statistics.mean(entry["loss"] for entry in logs),
-        "smallest_norm": min(float(entry["grad_norm"]) for entry in logs),
-        "peak_memory_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
-    }
-
-
-ARMS = {"qlora": train_qlora, "trl": train_trl}
-
-
-def run_arm(name: str, data: Path, steps: int) -> dict[str, Any]:
-    """One arm in a fresh process."""
-    with tempfile.TemporaryDirectory() as folder:
-        out = Path(folder) / "out.json"
-        command = [sys.executable, __file__, "--arm", name, "--data", str(data), "--out", str(out), "--steps", str(steps)]
-        log = Path(folder) / "log"
-        with open(log, "w") as stream:
-            code = subprocess.run(
-                command, env=os.environ | ALLOCATOR, stdout=stream, stderr=subprocess.STDOUT, check=False
-            ).returncode
-        if code:
-            raise SystemExit(f"the arm {name} failed:\n{log.read_text()[-3000:]}")
-        result: dict[str, Any] = json.loads(out.read_text())
-        return result
-
-
-def main() -> None:
-    """Run pairs, print, and write the results where asked."""
+def main() -> int:
+    """Run what is missing, print what is there."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--pairs", type=int, default=5)
-    parser.add_argument("--steps", type=int, default=20)
-    parser.add_argument("--results", type=Path)
-    parser.add_argument("--arm", choices=ARMS, help=argparse.SUPPRESS)
-    parser.add_argument("--data", type=Path, help=argparse.SUPPRESS)
-    parser.add_argument("--out", type=Path, help=argparse.SUPPRESS)
+    parser.add_argument("--rows", default="quick", help="names with commas, `quick` (the default) or `all`")
+    parser.add_argument("--list", action="store_true", help="the rows, and what they are")
+    parser.add_argument("--pairs", type=int, default=5, help="quiet pairs that a row is to have in the end")
+    parser.add_argument("--tries", type=int, default=3, help="how often a pair is tried for a quiet one")
+    parser.add_argument("--most-below", type=float, default=0.10, help="how far a product's rate may be below the best")
+    parser.add_argument("--campaign", default=datetime.date.today().isoformat(), help="pairs of one name are read together")
+    parser.add_argument("--raw", type=Path, help="the file of pairs")
+    parser.add_argument("--cache", type=Path, help="where bases and data are made (default: ~/.cache/qlora-bench)")
+    parser.add_argument("--layers", type=int, default=30, help="fewer to try things out: such pairs do not count")
+    parser.add_argument("--results", type=Path, help="write what is there as Markdown")
+    parser.add_argument("--arm", type=Path, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.arm:
-        result = ARMS[arguments.arm](arguments.data, arguments.out.parent, arguments.steps)
-        arguments.out.write_text(json.dumps(result))
-        return
-    found: dict[str, list[dict[str, Any]]] = {name: [] for name in ARMS}
-    with tempfile.TemporaryDirectory() as folder:
-        subprocess.run([sys.executable, "-m", "qlora.assets.quickstart", "data", folder], check=True)
-        data = Path(folder) / "train.jsonl"
-        for pair in range(arguments.pairs):
-            for name in ("qlora", "trl") if pair % 2 == 0 else ("trl", "qlora"):
-                found[name].append(run_arm(name, data, arguments.steps))
-                last = found[name][-1]
-                print(f"{name:6} {last['tokens_per_second']:9,.0f} tokens/s  loss {last['loss']:.4f}", flush=True)
-    if min(run["smallest_norm"] for runs in found.values() for run in runs) <= 0:
-        raise SystemExit("a gradient norm is zero: this arm trains nothing")
-    losses = {name: statistics.median(run["loss"] for run in runs) for name, runs in found.items()}
-    if abs(losses["qlora"] / losses["trl"] - 1) > 0.05:
-        raise SystemExit(f"the arms do not train the same thing: {losses}")
-    ratios = sorted(
-        ours["tokens_per_second"] / theirs["tokens_per_second"]
-        for ours, theirs in zip(found["qlora"], found["trl"], strict=True)
-    )
-    quartiles = statistics.quantiles(ratios, n=4) if len(ratios) > 1 else [ratios[0]] * 3
-    lines = [
-        "| | useful tokens/s | mean loss | peak memory |",
-        "|---|---|---|---|",
-        *(
-            f"| {name} | {statistics.median(r['tokens_per_second'] for r in runs):,.0f} | {losses[name]:.3f} | "
-            f"{statistics.median(r['peak_memory_bytes'] for r in runs) / 2**20:,.0f} MiB |"
-            for name, runs in found.items()
-        ),
-        "",
-        f"**Ratio of useful tokens/s: {statistics.median(ratios):.2f}** (median of {len(ratios)} pairs, quartiles "
-        f"{quartiles[0]:.2f} to {quartiles[2]:.2f})",
-        "",
-        f"Machine: {describe()}",
-    ]
+        from peers.run import do_arm
+
+        return do_arm(arguments.arm)
+    from machine import slug, write_results
+    from peers import pairs, quiet, run, workload
+    from peers.rows import MEASURED, QUICK, ROWS
+    from readme_table import table
+
+    if arguments.list:
+        for name in MEASURED:
+            print(f"{name:12} {ROWS[name].title}")
+        return 0
+    names = {"quick": QUICK, "all": MEASURED}.get(arguments.rows) or tuple(arguments.rows.split(","))
+    if unknown := [name for name in names if name not in MEASURED]:
+        parser.error(f"no such row: {', '.join(unknown)}; there are {', '.join(MEASURED)}")
+    raw = arguments.raw or Path(__file__).parent / "results" / "raw" / f"against_trl_{slug()}.jsonl"
+    cache = arguments.cache or workload.cache_folder()
+    cache.mkdir(parents=True, exist_ok=True)
+    tries = arguments.tries if arguments.layers == pairs.LAYERS else 1
+    failed = set()
+    for number in range(arguments.pairs):
+        for name in names:
+            row = ROWS[name]
+            if name in failed or number >= 1 == row.min_pairs:
+                continue
+            for attempt in range(tries):
+                records = pairs.read(raw)
+                num_there = sum(r["campaign"] == arguments.campaign for r in pairs.counted(records, row))
+                if num_there > number:
+                    break
+                if attempt:
+                    time.sleep(WAIT_SECONDS)
+                print(f"{name}, pair {num_there + 1}", flush=True)
+                try:
+                    record = run.run_pair(
+                        row, num_there, Path(__file__).resolve(), cache, layers=arguments.layers,
+                        campaign=arguments.campaign, best=quiet.best_rate(records, run.describe_machine()),
+                        most_below=arguments.most_below, say=partial(print, flush=True),
+                    )  # fmt: skip
+                except run.ArmFailed as error:
+                    print(f"  {error}", flush=True)
+                    failed.add(name)
+                    break
+                pairs.append(raw, record)
+                for refusal in record["refusals"]:
+                    print(f"  does not count: {refusal}", flush=True)
+                if not record["quiet"] and row.is_time:
+                    print(f"  disturbed: others had {record['others_share']:.0%} of the cores", flush=True)
+    lines = table(pairs.read(raw))
     print("\n".join(lines))
     if arguments.results:
-        write_results(arguments.results, "Packed QLoRA training against TRL + PEFT", __file__, lines)
+        write_results(arguments.results, "Against TRL + PEFT", __file__, lines)
+    return 1 if failed else 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -1,7 +1,8 @@
 """The tables of docs/scaling.md, computed from shapes. A model, not a measurement: no GPU is asked.
 
-Shapes are the public config.json of three bases, typed in below; bytes come from `qlora.plan`; link speeds and arithmetic
-speed are the assumptions stated here. Tables stand in the document between `<!-- table NAME -->` and `<!-- end -->`.
+Shapes are the public config.json of three bases, typed in below; bytes and times come from `qlora.plan`; link speeds and
+arithmetic speed are the assumptions stated here (`benchmarks/scaling.py` takes others, and checks the model over gloo).
+Tables stand in the document between `<!-- table NAME -->` and `<!-- end -->`.
 
     python benchmarks/scaling_tables.py            # writes the tables into docs/scaling.md
     python benchmarks/scaling_tables.py --check    # says whether they are what this script computes
@@ -12,11 +13,13 @@ from __future__ import annotations
 import argparse
 import re
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 from qlora.config.schema import JobConfig
-from qlora.plan.memory import gathered_bytes, is_quantized, plan_rank, statistics_bytes, stored_parameters
+from qlora.plan.memory import Mode, gathered_bytes, is_quantized, plan_rank, statistics_bytes, stored_parameters
 from qlora.plan.shapes import BaseShapes, shapes_from_config
+from qlora.plan.speed import Machine, flop_per_token, step_time
 
 DOCUMENT = Path(__file__).resolve().parents[1] / "docs/scaling.md"
 # hidden_size, intermediate_size, num_hidden_layers, num_attention_heads; all: 8 key-value heads, 128,256 tokens, untied.
@@ -26,11 +29,11 @@ BASES = {
     "Llama-3.1-405B": (16384, 53248, 126, 128),
 }
 RANKS = (8, 16, 64, 128, 512)
-# Assumptions, not measurements.
-NIC_BYTES_PER_SECOND = 45e9  # a 400 Gb/s card for each GPU, between nodes
-NVLINK_BYTES_PER_SECOND = 360e9  # inside a node
-FLOP_PER_SECOND = 450e12  # achieved by one GPU
-CONTEXT = 4096  # tokens a token attends to, for the share of attention
+# Assumptions, not measurements: 45 GB/s is a 400 Gb/s card for each GPU, between nodes; 360 GB/s NVLink, inside one.
+MACHINE = Machine(flop_per_second=450e12, inner_bytes_per_second=360e9, outer_bytes_per_second=45e9)
+GPU_BYTES = 80e9
+ROOM = 0.9  # of it, for what a plan counts
+CONTEXT = 4096  # tokens of a micro-step, one document
 JOB = JobConfig.model_validate({"data": {"max_length": CONTEXT}})  # r = 16, all-linear, NF4 with double quantization
 JOB_16_BIT = JobConfig.model_validate({"model": {"quantization": None}})
 
@@ -41,20 +44,6 @@ def shapes(name: str) -> BaseShapes:
     config = {"model_type": "llama", "hidden_size": hidden, "intermediate_size": ffn, "num_hidden_layers": layers}
     config |= {"num_attention_heads": heads, "num_key_value_heads": 8, "vocab_size": 128256, "dtype": "bfloat16"}
     return shapes_from_config(config, name)
-
-
-def flop_per_token(base: BaseShapes, job: JobConfig, context: int, *, recompute: bool) -> float:
-    """Arithmetic of one token, forward and backward, over a frozen base.
-
-    A frozen weight costs 2 FLOP forward and 2 for the gradient of its input; none for its own. A weight of A or B costs 2
-    and 4. Causal attention costs 2 T D a layer forward, twice that backward. Recomputing repeats the layers' forward pass.
-    """
-    linear = sum(t.num_elements for t in base.tensors if t.kind == "linear")
-    head = sum(t.num_elements for t in base.tensors if t.kind == ("embedding" if base.tied else "head"))
-    lora = sum(p.elements for p in stored_parameters(base, job) if p.part == "trained")
-    attention = 2 * context * base.hidden_size * base.num_layers
-    once = 4 * (linear + head) + 6 * lora + 3 * attention
-    return once + (2 * linear + 2 * lora + attention) * recompute
 
 
 def replicated_statistics(base: BaseShapes) -> int:
@@ -72,6 +61,7 @@ def tables() -> dict[str, str]:
         key = name.rpartition("-")[2].lower()
         made[f"kept-{key}"] = _kept(base)
         made[f"gathered-{key}"] = _gathered(base)
+        made[f"speed-{key}"] = speed_table(base, MACHINE, CONTEXT)
     return made
 
 
@@ -84,7 +74,7 @@ def _bases(bases: dict[str, BaseShapes]) -> str:
         rows.append([
             name, _count(sum(t.num_elements for t in base.tensors)), _gb(kept["packed weights"]), _gb(kept["statistics"]),
             _gb(kept["unquantized"]), _count(kept["trained"] // 4), _gb(sum(kept.values())), _gb(at_once),
-            *(f"{value / 1e9:,.0f}" for value in flop), f"{flop[1] / FLOP_PER_SECOND * 1e6:,.0f}",
+            *(f"{value / 1e9:,.0f}" for value in flop), f"{flop[1] / MACHINE.flop_per_second * 1e6:,.0f}",
         ])  # fmt: skip
     head = ["base", "weights", "packed", "statistics", "16-bit", "LoRA parameters", "ZeRO-2 keeps, 8 ranks"]
     return _table([*head, "ZeRO-3 gathers at once", "GFLOP a token", "recomputing", "µs a token"], rows)
@@ -104,12 +94,12 @@ def _kept(base: BaseShapes) -> str:
 
 def _gathered(base: BaseShapes) -> str:
     rows = []
-    seconds_a_token = flop_per_token(base, JOB, CONTEXT, recompute=True) / FLOP_PER_SECOND
+    seconds_a_token = flop_per_token(base, JOB, CONTEXT, recompute=True) / MACHINE.flop_per_second
     for ranks in RANKS:
         four = plan_rank(base, JOB, "zero3", ranks).gathered
         sixteen = plan_rank(base, JOB_16_BIT, "zero3", ranks).gathered
-        times = [four / NIC_BYTES_PER_SECOND, four / NVLINK_BYTES_PER_SECOND]
-        tokens = [*(time / seconds_a_token for time in times), sixteen / NIC_BYTES_PER_SECOND / seconds_a_token]
+        times = [four / MACHINE.outer_bytes_per_second, four / MACHINE.inner_bytes_per_second]
+        tokens = [*(time / seconds_a_token for time in times), sixteen / MACHINE.outer_bytes_per_second / seconds_a_token]
         once = gathered_bytes(stored_parameters(base, JOB), recompute=False) * (ranks - 1) // ranks
         rows.append([
             str(ranks), _gb(once), _gb(four), *(f"{time:.2f} s" for time in times),
@@ -117,6 +107,27 @@ def _gathered(base: BaseShapes) -> str:
         ])  # fmt: skip
     head = ["ranks", "two passes", "recomputing", "at 45 GB/s", "at 360 GB/s", "tokens to hide it, 45", "360"]
     return _table([*head, "16-bit base", "tokens to hide that, 45"], rows)
+
+
+def speed_table(base: BaseShapes, machine: Machine, tokens: int) -> str:
+    """Tokens a second of one GPU, and its efficiency against a GPU that waits for nobody, by number of GPUs."""
+    columns: list[tuple[str, Mode, bool, Machine]] = [
+        ("DDP, recomputing", "ddp", True, machine),
+        ("ZeRO-1, recomputing", "zero1", True, machine),
+        ("ZeRO-3, recomputing", "zero3", True, machine),
+        ("ZeRO-3", "zero3", False, machine),
+        ("ZeRO-3, recomputing, nothing overlaps", "zero3", True, replace(machine, overlap=0.0)),
+    ]
+    rows = []
+    for ranks in RANKS:
+        cells = [str(ranks)]
+        for _, mode, recompute, own in columns:
+            job = JobConfig.model_validate({"data": {"max_length": tokens}, "train": {"gradient_checkpointing": recompute}})
+            time = step_time(base, job, mode, ranks, own, tokens=tokens, context=tokens)
+            fits = plan_rank(base, job, mode, ranks).total_bytes <= ROOM * GPU_BYTES
+            cells.append(f"{tokens / time.total:,.0f} ({time.efficiency:.1%})" if fits else "does not fit")
+        rows.append(cells)
+    return _table(["GPUs", *(name for name, *_ in columns)], rows)
 
 
 def _table(head: list[str], rows: list[list[str]]) -> str:

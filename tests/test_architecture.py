@@ -19,8 +19,8 @@ ROOT = PACKAGE.parent
 # A file may import what stands below its own line. What shares a line does not import each other.
 LAYERS = (
     ("cli",),
-    ("plan", "slurm", "infer", "report", "train"),
-    ("checkpoint",),
+    ("slurm", "infer", "report", "train"),
+    ("plan", "checkpoint"),
     ("adapter", "objective"),
     ("lora", "data"),
     ("quant",),

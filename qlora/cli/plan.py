@@ -18,7 +18,8 @@ if TYPE_CHECKING:
     from qlora.plan.memory import RankPlan
     from qlora.plan.shapes import BaseShapes
 
-NOT_COUNTED = "activations but for what is named above, CUDA and NCCL; `qlora train --dry-run` measures all of it"
+NOT_COUNTED = "what CUDA, NCCL and the allocator take; `qlora train --dry-run` measures all of it"
+NOT_KNOWN = "activations but for what is named above, CUDA and NCCL; `qlora train --dry-run` measures all of it"
 _UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}
 _CELL = 11
 
@@ -55,7 +56,7 @@ def plan(
     from qlora.plan.shapes import read_shapes
 
     base = read_shapes(base_folder(job.model.base))
-    ranks = [plan_rank(base, job, one, gpus) for one in ([mode] if mode else modes_of(job, gpus))]
+    ranks = [plan_rank(base, job, one, gpus, memory=memory) for one in ([mode] if mode else modes_of(job, gpus))]
     facts = describe(base, job, ranks, gpus=gpus, nodes=nodes, gpu_memory=memory)
     if as_json:
         print_json(facts)
@@ -93,6 +94,7 @@ def describe(
     base: BaseShapes, job: JobConfig, ranks: list[RankPlan], *, gpus: int, nodes: int, gpu_memory: int | None
 ) -> dict[str, Any]:
     """Return what `--json` prints; sizes are bytes, of one rank."""
+    from qlora.plan.activations import plan_activations
     from qlora.plan.memory import is_quantized, recomputes, stored_parameters
 
     num_quantized = sum(t.num_elements for t in base.tensors if is_quantized(t, job))
@@ -108,6 +110,16 @@ def describe(
             "gathered_bytes_a_micro_step": rank.gathered,
             "gathered_from_other_nodes": rank.gathered * (gpus - gpus // nodes) // max(1, gpus - 1),
             "read_bytes": rank.read,
+            "num_layers_recomputed": rank.num_recomputed,
+        }
+    planned = plan_activations(base, job)
+    tokens = job.train.per_device_train_batch_size * job.data.max_length
+    activations = {"num_layers": base.num_layers, "num_tokens": tokens}
+    if planned is not None:
+        activations |= {
+            "saved_bytes_a_token_a_layer": planned.saved // tokens,
+            "none_recomputed_bytes": planned.peak(0),
+            "all_recomputed_bytes": planned.peak(planned.num_layers),
         }
     return {
         "gpus": gpus,
@@ -120,8 +132,9 @@ def describe(
         "num_weights_in_8_bits": num_quantized if bits == 8 else 0,
         "num_trained": sum(p.elements for p in stored_parameters(base, job) if p.part == "trained"),
         "recomputation": recomputes(job),
+        "activations": activations,
         "modes": modes,
-        "not_counted": NOT_COUNTED,
+        "not_counted": NOT_KNOWN if planned is None else NOT_COUNTED,
     }
 
 
@@ -151,6 +164,9 @@ def _rows(facts: dict[str, Any]) -> list[tuple[str, str]]:
         rows.append(sizes(title, [entry[total] for entry in modes.values()]))
         if group == "kept":
             rows.append(("for a part of a step", ""))
+    known, layers = facts["activations"], facts["activations"]["num_layers"]
+    again = [entry["num_layers_recomputed"] for entry in modes.values()]
+    rows.append((f"layers recomputed, of {layers}", "".join(f"{count:>{_CELL}}" for count in again)))
     if memory is not None:
         left = [entry["left_bytes"] for entry in modes.values()]
         verdict = "".join(f"{'fits' if value >= 0 else 'too large':>{_CELL}}" for value in left)
@@ -160,4 +176,8 @@ def _rows(facts: dict[str, Any]) -> list[tuple[str, str]]:
     if facts["nodes"] > 1:
         rows.append(sizes("  from other nodes", [entry["gathered_from_other_nodes"] for entry in modes.values()]))
     rows.append(sizes("read from the files", [entry["read_bytes"] for entry in modes.values()]))
+    if "saved_bytes_a_token_a_layer" in known:
+        none, every = (size_text(known[f"{name}_recomputed_bytes"]) for name in ("none", "all"))
+        words = f"{known['saved_bytes_a_token_a_layer']:,} bytes a token and layer; of {known['num_tokens']:,} tokens {none}"
+        rows += [("", ""), ("activations", f"{words} with no layer recomputed, {every} with all")]
     return [*rows, ("", ""), ("not counted", facts["not_counted"])]

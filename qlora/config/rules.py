@@ -27,6 +27,8 @@ _BATCH_KEYS = frozenset({"train.per_device_train_batch_size", "train.gradient_ac
 _SAFE_SECTIONS = ("logging.", "eval.", "checkpoint.")
 _SAFE_KEYS = frozenset(
     {"train.output_dir", "train.max_nonfinite_steps", "train.silent_rank_seconds", "train.stalled_rank_seconds"}
+    # What is computed again, and where it is kept, changes no gradient; auto chooses anew at each start.
+    | {"train.gradient_checkpointing", "train.offload_activations"}
 )
 
 
@@ -81,6 +83,14 @@ def _combinations(config: JobConfig) -> Iterator[Problem]:
             "there is nothing to evaluate on",
             found="data.eval is empty",
             next_step="name files in data.eval, or eval.every_steps: null",
+        )
+    if train.offload_activations and not train.gradient_checkpointing:
+        yield Problem(
+            "",
+            "train.offload_activations",
+            "the inputs of recomputed layers are what is offloaded, and no layer is recomputed",
+            found=f"train.gradient_checkpointing is {show(train.gradient_checkpointing)}",
+            next_step="train.gradient_checkpointing: true, or train.offload_activations: false",
         )
     yield from lora_problems(config)
 
@@ -239,7 +249,8 @@ class Change:
 def changed_keys(old: JobConfig, new: JobConfig, *, old_global_batch: int, new_global_batch: int) -> list[Change]:
     """Return what differs between a checkpoint's job and the job that resumes it, in the order of the schema.
 
-    Safe are train.output_dir, what says how much is borne (_SAFE_KEYS) and all of logging, eval and checkpoint.
+    Safe are train.output_dir, what says how much is borne and which layers are computed again (_SAFE_KEYS), and all of
+    logging, eval and checkpoint.
     per_device_train_batch_size and gradient_accumulation_steps are safe as long as the global batch stays, in packs.
     World size and ZeRO stage, which are not in the job file, are always free to change.
     """

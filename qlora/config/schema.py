@@ -175,11 +175,19 @@ class TrainConfig(Section):
     adam_beta2: Number = Field(0.999, ge=0, lt=1)
     adam_epsilon: Number = Field(1e-8, gt=0)
     weight_decay: Number = Field(0.0, ge=0)
+    z_loss: Number = Field(
+        0.0, ge=0, description="Coefficient of logsumexp^2 in what is learned (PaLM: 1e-4); reported losses leave it out."
+    )
     loraplus_lr_ratio: PositiveNumber | None = Field(
         None, description="Learning rate of B over that of A (LoRA+, Hayou et al. 2024); null is one rate."
     )
-    gradient_checkpointing: Literal["auto"] | bool = "auto"
+    gradient_checkpointing: Literal["auto"] | bool | Annotated[int, Field(ge=0)] = Field(
+        "auto", description="Layers computed again in backward: auto (as many as memory asks for), all, none, or how many."
+    )
     gradient_checkpointing_kwargs: GradientCheckpointingConfig = Field(default_factory=GradientCheckpointingConfig)
+    offload_activations: bool = Field(
+        False, description="Keep the inputs of recomputed layers in the host's memory until backward needs them."
+    )
     seed: int = Field(0, ge=0)
     silent_rank_seconds: Annotated[PositiveNumber, Field(ge=5)] = Field(
         60.0, description="A rank that is not heard of for so long is taken for lost, and the job ends."

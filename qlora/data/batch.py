@@ -104,15 +104,22 @@ class Batch:
         """Whether this batch only keeps a rank in step: its tokens mean nothing and are not counted."""
         return self.num_tokens == 0
 
-    def to(self, device: torch.device | str, *, non_blocking: bool = False) -> Batch:
-        """The same batch with its tensors on a device."""
+    def to(self, device: torch.device | str) -> Batch:
+        """The same batch with its tensors on a device. From a CPU to a GPU nobody waits for the copies."""
+        device = torch.device(device)
+
+        def move(tensor: torch.Tensor) -> torch.Tensor:
+            if tensor.device.type == "cpu" and device.type == "cuda":
+                return tensor.pin_memory().to(device, non_blocking=True)
+            return tensor.to(device)
+
         mask = self.attention_mask_BT
         return replace(
             self,
-            input_ids_BT=self.input_ids_BT.to(device, non_blocking=non_blocking),
-            position_ids_BT=self.position_ids_BT.to(device, non_blocking=non_blocking),
-            targets_BT=self.targets_BT.to(device, non_blocking=non_blocking),
-            attention_mask_BT=None if mask is None else mask.to(device, non_blocking=non_blocking),
+            input_ids_BT=move(self.input_ids_BT),
+            position_ids_BT=move(self.position_ids_BT),
+            targets_BT=move(self.targets_BT),
+            attention_mask_BT=None if mask is None else move(mask),
         )
 
 

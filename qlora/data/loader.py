@@ -11,6 +11,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
+import torch
 
 from qlora.config.schema import DataConfig
 from qlora.data.batch import Batch, collate_packed, collate_padded, empty_batch
@@ -38,6 +39,10 @@ class StepBatches:
     position_after: Position
     global_num_tokens: int
     global_num_target_tokens: int
+
+    def to(self, device: torch.device) -> StepBatches:
+        """With the batches on a device; a GPU copies them when it comes to them, and nobody waits."""
+        return replace(self, micro_batches=tuple(batch.to(device) for batch in self.micro_batches))
 
     def __post_init__(self) -> None:
         if not self.micro_batches:

@@ -96,6 +96,7 @@ class PlainEngine:
         # What the optimizer updates, by name.
         self._updated = parameters | self._masters
         replaced = {id(parameters[name]): master for name, master in self._masters.items()}
+        self._is_fused = all(group.get("fused") for group in optimizer.param_groups)
         for group in optimizer.param_groups:
             group["params"] = [replaced.get(id(parameter), parameter) for parameter in group["params"]]
 
@@ -117,6 +118,10 @@ class PlainEngine:
         if self.skips_overflow:
             self.scaler.step(self.optimizer)
             self.scaler.update()
+        elif self._is_fused:
+            # The kernel leaves everything as it is where this is 1: nobody has to wait for the norm.
+            self.optimizer.grad_scale, self.optimizer.found_inf = None, (~norm.isfinite()).float()  # type: ignore[attr-defined]
+            self.optimizer.step()
         elif norm.isfinite():
             self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
@@ -144,7 +149,8 @@ class PlainEngine:
                 with torch.no_grad():
                     updated.copy_(state[MASTER])
             if own:
-                counter: Any = torch.tensor(float(step)) if counts_in_tensors else step
+                counts_on = updated.device if self._is_fused else "cpu"
+                counter: Any = torch.tensor(float(step), device=counts_on) if counts_in_tensors else step
                 self.optimizer.state[updated] = {"step": counter, **own}
         self._copy_masters()
 

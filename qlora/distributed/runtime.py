@@ -21,7 +21,6 @@ from torch import nn
 
 from qlora.distributed import attempt
 from qlora.distributed.engine import Engine, PlainEngine
-from qlora.distributed.offload import device_of
 from qlora.distributed.ranks import Ranks
 from qlora.distributed.sharding import Sharding
 from qlora.distributed.zero_config import fill_config
@@ -63,14 +62,6 @@ class Runtime(Ranks):
     def is_sharded(self) -> bool:
         """Whether each rank keeps a share of the base alone, so that forward passes are collectives."""
         return self.mode == "zero3"
-
-    @property
-    def offloads_optimizer(self) -> bool:
-        """Whether the optimizer's state is in memory and updated there, wherever parameters are."""
-        if not self.is_zero:
-            return False
-        stated = self.accelerator.state.deepspeed_plugin.deepspeed_config
-        return device_of(stated["zero_optimization"], "offload_optimizer") == "cpu"
 
     def sharding(self) -> Sharding:
         """How a base is loaded under this launch. Rank-local."""

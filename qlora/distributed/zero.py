@@ -209,10 +209,11 @@ class ZeroEngine:
             if hasattr(zero, "fp32_partitioned_groups_flat")
             else zero.single_partition_of_fp32_groups
         )
-        counter: Any = torch.tensor(float(step)) if type(inner).__module__.startswith("torch.") else step
+        counts_in_tensors = type(inner).__module__.startswith("torch.")
+        is_fused = any(group.get("fused") for group in inner.param_groups)
         for flat in flats:
             inner.state[flat] = {
-                "step": counter.clone() if isinstance(counter, Tensor) else counter,
+                "step": torch.tensor(float(step), device=flat.device if is_fused else "cpu") if counts_in_tensors else step,
                 "exp_avg": torch.zeros_like(flat.data),
                 "exp_avg_sq": torch.zeros_like(flat.data),
             }

@@ -16,18 +16,31 @@ from qlora.errors import ConfigError, QloraError
 from qlora.lora.layer import LoraLayer, refuse_merged
 from qlora.lora.token_rows import borrowed_parameters
 from qlora.objective import probe
+from qlora.objective.fused import fuse
 from qlora.ops import attention
-from qlora.ops.attention import DocumentLayout, packed_forward
-from qlora.ops.cross_entropy import cross_entropy_gradients, cross_entropy_sum, with_gradients
+from qlora.ops.attention import packed_forward
+from qlora.ops.cross_entropy import (
+    cross_entropy_gradients,
+    cross_entropy_sum,
+    linear_cross_entropy_gradients,
+    with_gradients,
+)
+from qlora.ops.documents import DocumentLayout
+from qlora.ops.softmax_loss import LogitForm
 from qlora.quant.linear import QuantizedLinear
 
 
 class LossHead(nn.Module):
     """The output head with the loss behind it. ZeRO-3 gathers it as one module."""
 
-    def __init__(self, head: nn.Module, logit_factor: float, soft_cap: float | None) -> None:
+    def __init__(self, head: nn.Module, logit_factor: float, soft_cap: float | None, z_loss: float = 0.0) -> None:
         super().__init__()
-        self.head, self.logit_factor, self.soft_cap = head, logit_factor, soft_cap
+        self.head, self.logit_factor, self.soft_cap, self.z_loss = head, logit_factor, soft_cap, z_loss
+
+    @property
+    def form(self) -> LogitForm:
+        """What is made of the head's product before the loss."""
+        return LogitForm(self.logit_factor, self.soft_cap, self.z_loss)
 
     def agrees_with(self, model: Any) -> bool:
         """Whether this head gives the model's own logits; inverts the factor where that does it.
@@ -44,28 +57,46 @@ class LossHead(nn.Module):
         """Loss of hidden states (N, D) against token ids (N,); without these, logits.
 
         Returns:
-            The sum of the cross entropy, fp32 scalar, and its gradient (N, D) with respect to the hidden states. With a
-            frozen head the loss is cut off from the graph, for `with_gradients` to put back: so nothing asks ZeRO-3 to
-            gather the head again for a backward pass that does not read it. A head that trains, or that is in no graph,
-            has None for a gradient.
+            The sum of the cross entropy, fp32 scalar, and its gradient (N, D) with respect to the hidden states, z-loss
+            included. With a frozen head the loss is cut off from the graph, for `with_gradients` to put back: so nothing
+            asks ZeRO-3 to gather the head again for a backward pass that does not read it. A head that trains, or that is
+            in no graph, has None for a gradient.
         """
         if targets_N is None:
             return self.logits(hidden_ND)
-        trainable = [p for p in (*self.head.parameters(), *borrowed_parameters(self.head)) if p.requires_grad]
-        if trainable:
-            return cross_entropy_sum(hidden_ND, targets_N, self.logits, trainable), None
-        loss, gradient, _ = cross_entropy_gradients(hidden_ND, targets_N, self.logits)
-        return loss, gradient
+        head, form = self.head, self.form
+        if type(head) is not nn.Linear and not isinstance(head, QuantizedLinear):
+            trainable = [p for p in (*head.parameters(), *borrowed_parameters(head)) if p.requires_grad]
+            if trainable:
+                return cross_entropy_sum(hidden_ND, targets_N, self._product, trainable, form=form), None
+            loss, gradient, _ = cross_entropy_gradients(hidden_ND, targets_N, self._product, form=form)
+            return loss, gradient
+        inputs = [hidden_ND, head.weight, head.bias]
+        hidden, weight, bias = (torch.is_grad_enabled() and t is not None and t.requires_grad for t in inputs)
+        loss, gradient, of_head = linear_cross_entropy_gradients(
+            hidden_ND,
+            targets_N,
+            head.borrow() if isinstance(head, QuantizedLinear) else head.weight,
+            head.bias,
+            form=form,
+            needs=(hidden, weight, bias),
+        )
+        if not weight and not bias:
+            return loss, gradient
+        known = [(t, g) for t, g in zip(inputs, (gradient, *of_head), strict=True) if g is not None]
+        return with_gradients(loss, *zip(*known, strict=True)), None
 
-    def logits(self, hidden: Tensor) -> Tensor:
-        """Logits (..., V), fp32, of hidden states (..., D)."""
+    def _product(self, hidden: Tensor) -> Tensor:
+        """What the head makes (..., V) of hidden states (..., D), in the dtype it computes in."""
         if not isinstance(self.head, (LoraLayer, QuantizedLinear)):
             hidden = hidden.to(self.head.weight.dtype)  # type: ignore[arg-type]
         # The head's forward, not its call: this module is the one that hooks belong to.
-        logits = self.head.forward(hidden).float() if hidden.dtype != torch.float64 else self.head.forward(hidden)
-        if self.logit_factor != 1.0:
-            logits = logits * self.logit_factor
-        return logits if self.soft_cap is None else torch.tanh(logits / self.soft_cap) * self.soft_cap
+        return self.head.forward(hidden)
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """The model's logits (..., V), fp32 or wider, of hidden states (..., D)."""
+        product = self._product(hidden)
+        return self.form.apply(product.to(torch.promote_types(product.dtype, torch.float32)))
 
 
 class TrainModel(nn.Module):
@@ -75,13 +106,17 @@ class TrainModel(nn.Module):
         model: a transformers causal language model, with LoRA layers injected.
         attention_name: what packed rows are computed with: `documents`, or a name of transformers' interface, which
             then finds the documents by their positions.
+        z_loss: coefficient of logsumexp^2, whose gradient is added for every target token. The loss that is returned stays
+            the cross entropy.
     """
 
-    def __init__(self, model: Any, attention_name: str = "auto") -> None:
+    def __init__(self, model: Any, attention_name: str = "auto", *, z_loss: float = 0.0) -> None:
         super().__init__()
         refuse_merged(model)
+        fuse(model)
         self.model = model
-        self.loss_head = build_loss_head(model)
+        self._z_loss = z_loss
+        self.loss_head = build_loss_head(model, z_loss)
         self.packing_refused: ConfigError | None = None
         self._attentions = attentions_to_try(model, attention_name)
         self._set_attention(self._attentions[0])
@@ -131,16 +166,19 @@ class TrainModel(nn.Module):
         if self.packing_refused is not None and batch.document_lengths is not None:
             raise self.packing_refused
         hidden_BTD = self._hidden_states(batch)
-        is_target_BT = batch.targets_BT != IGNORE
-        num_targets = is_target_BT.sum()
+        # Their number is known on the host, so no device is asked for it.
+        places_N = (batch.targets_BT.flatten() != IGNORE).nonzero_static(size=batch.num_target_tokens).squeeze(1)
+        num_targets = torch.full((), batch.num_target_tokens, device=places_N.device)
+        hidden_ND = hidden_BTD.flatten(0, 1).index_select(0, places_N)
+        targets_N = batch.targets_BT.flatten().index_select(0, places_N)
         if self.loss_head is None:
-            logits = hidden_BTD.float()
-            loss = nn.functional.cross_entropy(
-                logits.flatten(0, 1), batch.targets_BT.flatten(), ignore_index=IGNORE, reduction="sum"
-            )
+            logits_NV = hidden_ND.float()
+            loss = nn.functional.cross_entropy(logits_NV, targets_N, reduction="sum")
+            if self._z_loss:
+                z_loss = self._z_loss * logits_NV.logsumexp(-1).square().sum()
+                loss = loss + (z_loss - z_loss.detach())
             return loss, num_targets
-        hidden_ND = hidden_BTD[is_target_BT]
-        loss, gradient = self.loss_head(hidden_ND, batch.targets_BT[is_target_BT])
+        loss, gradient = self.loss_head(hidden_ND, targets_N)
         return loss if gradient is None else with_gradients(loss, [hidden_ND], [gradient]), num_targets
 
     def _hidden_states(self, batch: Batch) -> Tensor:
@@ -195,7 +233,7 @@ def _set_attention(model: Any, name: str) -> None:
         ) from error
 
 
-def build_loss_head(model: Any) -> LossHead | None:
+def build_loss_head(model: Any, z_loss: float = 0.0) -> LossHead | None:
     """The model's output head with the scale and soft cap its config states, or None where it has no such head."""
     head = model.get_output_embeddings()
     decoder = model.get_decoder() if hasattr(model, "get_decoder") else None
@@ -206,4 +244,4 @@ def build_loss_head(model: Any) -> LossHead | None:
     for key in ("logit_scale", "lm_head_multiplier", "output_multiplier"):
         factor *= float(getattr(config, key, None) or 1.0)
     factor /= float(getattr(config, "logits_scaling", None) or 1.0)
-    return LossHead(head, factor, getattr(config, "final_logit_softcapping", None))
+    return LossHead(head, factor, getattr(config, "final_logit_softcapping", None), z_loss)

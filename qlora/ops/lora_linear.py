@@ -8,7 +8,8 @@ Dropout is of the input of A alone, as in plain LoRA. PEFT's DoRA multiplies the
 without dropout, and in evaluation, both are the same function.
 
 W is frozen and is asked for when it is needed, in forward and again in backward, by calling `read_weight`. What stays
-alive in between is the input, nothing that was dequantized or gathered. Dropout is drawn again.
+alive in between is the input, or what it can be made from again (`ops.remake`), nothing that was dequantized or gathered.
+Dropout is drawn again.
 
 Shapes: T tokens, I inputs, O outputs, R the rank of the update.
 
@@ -34,6 +35,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from qlora.ops import remake
 from qlora.ops.dropout import Draw, draw
 
 # Weights whose update is added to them at one time for a row norm: bounds what is made in fp32.
@@ -130,7 +132,16 @@ class _LoraLinear(torch.autograd.Function):
         dropout: float,
         drawn: Draw | None,
     ) -> Tensor:
-        ctx.save_for_backward(x_TI)
+        ctx.x_shape, ctx.x_dtype, ctx.remake = x_TI.shape, x_TI.dtype, None
+        # dx alone needs no input: it is dz W.
+        if drawn is not None or any(ctx.needs_input_grad[i] for i in (1, 2, 4)):
+            offer = remake.find(x_TI)
+            if offer is None:
+                ctx.save_for_backward(x_TI)
+            else:
+                ctx.save_for_backward(*offer.inputs)
+                ctx.remake = offer.remake
+                ctx.remake.add_user()
         # Kept as the parameters themselves, not as saved tensors: recomputation compares the shapes of saved tensors, and
         # a frozen parameter that ZeRO-3 has partitioned in the meantime has shape (0,).
         ctx.lora_A, ctx.lora_B, ctx.lora_bias, ctx.magnitude = lora_A_RI, lora_B_OR, lora_bias_O, magnitude_O
@@ -161,27 +172,33 @@ class _LoraLinear(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        (x_TI,) = ctx.saved_tensors
         lora_A, lora_B, lora_bias, magnitude = ctx.lora_A, ctx.lora_B, ctx.lora_bias, ctx.magnitude
         need_x, need_A, need_B, need_c, need_m = ctx.needs_input_grad[:5]
         grad_x = grad_A = grad_B = grad_c = grad_m = None
-        in_dtype = x_TI.dtype
+        saved = ctx.saved_tensors
+        x_TI = saved[0] if ctx.remake is None and saved else None
+        if ctx.remake is not None:
+            x_TI = ctx.remake.take(saved).view(ctx.x_shape)
         weight_OI = ctx.read_weight() if need_x or need_m else None
         dtype = weight_OI.dtype if weight_OI is not None else grads[0].dtype
         dy_TO = grads[0].to(dtype)
         if need_c:
             grad_c = (_sum_tokens(dy_TO) * ctx.scaling).to(lora_bias.dtype)
         dz_TO = dy_TO if magnitude is None else dy_TO.clone().mul_(magnitude / ctx.norms_O)
-        z_TO = (x_TI.to(dtype) @ weight_OI.T).to(ctx.norms_O.dtype) if need_m and weight_OI is not None else None
+        z_TO = None
+        if need_m and weight_OI is not None and x_TI is not None:
+            z_TO = (x_TI.to(dtype) @ weight_OI.T).to(ctx.norms_O.dtype)
         if need_x and weight_OI is not None:
             grad_x = dz_TO @ weight_OI
         del weight_OI
         if lora_A is not None and lora_B is not None:
-            x_TI = x_TI.to(dtype)
-            mask_TI = None if ctx.drawn is None else ctx.drawn.mask(x_TI, ctx.dropout)
-            dropped_TI = x_TI if mask_TI is None else x_TI * mask_TI
+            mask_TI = dropped_TI = None
+            if x_TI is not None:
+                x_TI = x_TI.to(dtype)
+                mask_TI = None if ctx.drawn is None else ctx.drawn.mask(x_TI, ctx.dropout)
+                dropped_TI = x_TI if mask_TI is None else x_TI * mask_TI
             A_RI, B_OR = lora_A.to(dtype), lora_B.to(dtype)
-            if need_B or z_TO is not None:
+            if (need_B or z_TO is not None) and dropped_TI is not None:
                 h_TR = dropped_TI @ A_RI.T
                 if need_B:
                     grad_B = (dz_TO.T @ h_TR).to(lora_B.dtype).mul_(ctx.scaling)
@@ -190,12 +207,12 @@ class _LoraLinear(torch.autograd.Function):
                     grad_m = (_sum_tokens(z_TO.mul_(dy_TO)) / ctx.norms_O).to(magnitude.dtype)
             if need_A or need_x:
                 dh_TR = (dz_TO @ B_OR).mul_(ctx.scaling)
-                if need_A:
+                if need_A and dropped_TI is not None:
                     grad_A = (dh_TR.T @ dropped_TI).to(lora_A.dtype)
                 if grad_x is not None:
                     if mask_TI is None:
                         grad_x.addmm_(dh_TR, A_RI)
                     else:
                         grad_x.addcmul_(dh_TR @ A_RI, mask_TI)
-        grad_x = None if grad_x is None else grad_x.to(in_dtype)
+        grad_x = None if grad_x is None else grad_x.to(ctx.x_dtype)
         return grad_x, grad_A, grad_B, grad_c, grad_m, None, None, None, None, None

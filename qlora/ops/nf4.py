@@ -16,6 +16,7 @@ This is the only file that imports bitsandbytes. QLoRA paper: Dettmers et al. 20
 from __future__ import annotations
 
 import ctypes
+import functools
 import logging
 import math
 import threading
@@ -26,14 +27,27 @@ import torch
 from torch import Tensor
 
 from qlora.errors import BaseModelError
+from qlora.ops.nf4_quantize import TableQuantizer
 
-# On CPUs with AVX512-BF16 bitsandbytes 0.50 warns at import that an optional inference kernel, which nothing here
-# uses, is not installed.
+
+def _compile_when_called(function: Any = None, **options: Any) -> Any:
+    """`torch.compile`, which is asked when the function is first called."""
+    if function is None:
+        return functools.partial(_compile_when_called, **options)
+    compiled = functools.cache(lambda: torch.compile(function, **options))
+    return functools.wraps(function)(lambda *args, **kwargs: compiled()(*args, **kwargs))
+
+
+# bitsandbytes 0.50 compiles some functions for devices it has no kernels for while it is imported. That imports torch's
+# compiler, which takes as long as all other imports of a job, on every rank, for functions that are hardly ever called.
+# It also warns, on CPUs with AVX512-BF16, that an optional inference kernel is not installed, which nothing here uses.
 _cpu_log = logging.getLogger("bitsandbytes.backends.cpu.ops")
 _level, _cpu_log.level = _cpu_log.level, logging.ERROR
-import bitsandbytes  # noqa: E402
-
-_cpu_log.level = _level
+_compile, torch.compile = torch.compile, _compile_when_called  # type: ignore[assignment]
+try:
+    import bitsandbytes
+finally:
+    torch.compile, _cpu_log.level = _compile, _level
 
 NESTED_BLOCK_SIZE = 256
 # Quantizing goes through the weight in pieces of this many elements, so that only a piece is ever held in 16 bits.
@@ -83,10 +97,21 @@ def quantize_blocks(weight: Tensor, spec: QuantSpec) -> tuple[Tensor, Tensor]:
     Returns:
         packed uint8 ((n+1)//2,), scales fp32 (ceil(n/block_size),).
     """
-    packed, absmax = torch.ops.bitsandbytes.quantize_4bit.default(
-        weight.reshape(-1), spec.block_size, spec.quant_type, torch.uint8
-    )
+    if weight.device.type == "cpu":
+        return _table_quantizer(spec.quant_type).quantize(weight.reshape(-1), spec.block_size)
+    return _quantize_exactly(spec.quant_type, weight.reshape(-1), spec.block_size)
+
+
+def _quantize_exactly(quant_type: str, weight: Tensor, block_size: int) -> tuple[Tensor, Tensor]:
+    """Packed bytes and scales of a flat weight, by bitsandbytes."""
+    packed, absmax = torch.ops.bitsandbytes.quantize_4bit.default(weight, block_size, quant_type, torch.uint8)
     return packed.reshape(-1), absmax.reshape(-1)
+
+
+@functools.cache
+def _table_quantizer(quant_type: str) -> TableQuantizer:
+    """The faster way to the same bytes on CPUs."""
+    return TableQuantizer(four_bit_code(quant_type, torch.device("cpu")), functools.partial(_quantize_exactly, quant_type))
 
 
 def pack_statistics(absmax: Tensor, spec: QuantSpec) -> Tensor:

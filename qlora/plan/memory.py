@@ -16,6 +16,7 @@ from qlora.config.schema import JobConfig, QuantizationConfig
 from qlora.errors import ConfigError
 from qlora.lora.target import ALL_LINEAR, Candidate, choose, ends_with, refuse_unused_patterns
 from qlora.lora.update import Update, pattern_of
+from qlora.plan.activations import NCCL_BYTES, USABLE, plan_activations
 from qlora.plan.shapes import BaseShapes, TensorShape
 
 Mode = Literal["single", "ddp", "zero1", "zero2", "zero3"]
@@ -78,6 +79,7 @@ class RankPlan:
         working: there for a part of a step, at most, by what it is.
         gathered: received from other ranks in a micro-step, at most; weights alone.
         read: from the base's files.
+        num_recomputed: layers that are computed again in backward.
     """
 
     mode: Mode
@@ -86,6 +88,7 @@ class RankPlan:
     working: dict[str, int]
     gathered: int
     read: int
+    num_recomputed: int = 0
 
     @property
     def kept_bytes(self) -> int:
@@ -204,8 +207,18 @@ def modes_of(job: JobConfig, ranks: int) -> list[Mode]:
     return [plain, "zero1", "zero2", "zero3"] if job.train.optimizer == "adamw" else [plain]
 
 
-def plan_rank(base: BaseShapes, job: JobConfig, mode: Mode, ranks: int, zero: ZeroSettings | None = None) -> RankPlan:
+def plan_rank(
+    base: BaseShapes,
+    job: JobConfig,
+    mode: Mode,
+    ranks: int,
+    zero: ZeroSettings | None = None,
+    memory: int | None = None,
+) -> RankPlan:
     """Return what one of `ranks` ranks needs.
+
+    Args:
+        memory: bytes of a GPU, for which `train.gradient_checkpointing: auto` chooses; None has all layers computed again.
 
     Raises:
         ConfigError, AdapterError: training would refuse the job: its targets, or an optimizer that DeepSpeed cannot shard.
@@ -218,7 +231,6 @@ def plan_rank(base: BaseShapes, job: JobConfig, mode: Mode, ranks: int, zero: Ze
             place="train.optimizer", found=mode, wanted="adamw",
         )  # fmt: skip
     stored = stored_parameters(base, job, zero)
-    gathered = gathered_bytes(stored, recompute=recomputes(job)) * (ranks - 1) // ranks if stage == 3 else 0
     files = sum(t.num_elements * t.itemsize for t in base.tensors)
     read = -(-files // ranks) if stage == 3 else files
     working = {"one dequantized weight": _dequantized_bytes(base, job)}
@@ -228,10 +240,22 @@ def plan_rank(base: BaseShapes, job: JobConfig, mode: Mode, ranks: int, zero: Ze
         working["reduction buffer"] = sum(p.num_bytes for p in stored if p.part == "trained")
     if stage == 3:
         working["gathered weights"] = gathered_at_once(stored, zero)
-    if recomputes(job):
+    kept = _kept(stored, stage, ranks, ADAM_BYTES[job.train.optimizer])
+    again, stated = base.num_layers, job.train.gradient_checkpointing
+    planned = plan_activations(base, job)
+    if stated != "auto":
+        again = min(stated, again) if type(stated) is int else again * bool(stated)
+    elif memory is not None and planned is not None:
+        taken = sum(kept.values()) + sum(working.values()) + (NCCL_BYTES if ranks > 1 else 0)
+        again = planned.fewest(int(memory * USABLE) - taken)
+    if planned is not None:
+        working["activations"] = planned.peak(again)
+    else:
         tokens = job.train.per_device_train_batch_size * job.data.max_length
-        working["inputs of recomputed layers"] = tokens * base.hidden_size * base.num_layers * ITEMSIZE[job.model.dtype]
-    return RankPlan(mode, ranks, _kept(stored, stage, ranks, ADAM_BYTES[job.train.optimizer]), working, gathered, read)
+        working["inputs of recomputed layers"] = tokens * base.hidden_size * again * ITEMSIZE[job.model.dtype]
+    share = again / max(1, base.num_layers)
+    gathered = gathered_bytes(stored, recompute=share) * (ranks - 1) // ranks if stage == 3 else 0
+    return RankPlan(mode, ranks, kept, working, gathered, read, again)
 
 
 def _kept(stored: list[Stored], stage: int, ranks: int, adam_bytes: int) -> dict[str, int]:
@@ -254,8 +278,8 @@ def _kept(stored: list[Stored], stage: int, ranks: int, adam_bytes: int) -> dict
 
 
 def recomputes(job: JobConfig) -> bool:
-    """Whether layers are computed again in the backward pass, on GPUs."""
-    return job.train.gradient_checkpointing is not False
+    """Whether layers may be computed again in the backward pass, on GPUs."""
+    return bool(job.train.gradient_checkpointing)
 
 
 def largest_gather(stored: Iterable[Stored]) -> int:
@@ -300,9 +324,13 @@ def largest_run(stored: Sequence[Stored], elements: int) -> int:
     return most
 
 
-def gathered_bytes(stored: Iterable[Stored], *, recompute: bool) -> int:
-    """Bytes of all gathers of a micro-step, own pieces included, at most: forward, backward, and recomputed layers."""
-    return sum(p.num_bytes * (p.uses + (p.in_layer and recompute)) for p in stored if not p.stays_whole)
+def gathered_bytes(stored: Iterable[Stored], *, recompute: float) -> int:
+    """Bytes of all gathers of a micro-step, own pieces included, at most: forward, backward, and recomputed layers.
+
+    Args:
+        recompute: share of the layers that are computed again; True is all of them.
+    """
+    return sum(int(p.num_bytes * (p.uses + p.in_layer * recompute)) for p in stored if not p.stays_whole)
 
 
 def _dequantized_bytes(base: BaseShapes, job: JobConfig) -> int:

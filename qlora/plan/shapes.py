@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
@@ -74,11 +74,13 @@ class BaseShapes:
     Attributes:
         tied: the head is the embedding; it is then in `tensors` once, as the embedding.
         source: where the shapes come from, in words.
+        config: what config.json says of the text model.
     """
 
     tensors: tuple[TensorShape, ...]
     tied: bool
     source: str
+    config: dict[str, Any] = field(default_factory=dict, compare=False, repr=False)
 
     @property
     def num_layers(self) -> int:
@@ -172,7 +174,8 @@ def _classified(found: dict[str, tuple[Shape, int]], config: dict[str, Any], tie
         for path, (shape, itemsize) in found.items()
         if not (tied and _is_head(path)) and not path.endswith("rotary_emb.inv_freq")
     ]
-    return BaseShapes(tuple(sorted(tensors, key=_forward_order)), tied, source)
+    text = config.get("text_config") or config
+    return BaseShapes(tuple(sorted(tensors, key=_forward_order)), tied, source, text)
 
 
 def _kind(path: str, shape: Shape, matrices: set[str], has_experts: bool) -> Kind:

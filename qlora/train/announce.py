@@ -11,6 +11,7 @@ from qlora.data.token_store import TokenizedDataset
 from qlora.distributed.runtime import Runtime
 from qlora.lora.report import LoraReport
 from qlora.quant.load import BaseRecord
+from qlora.train.recompute import Recomputed
 
 
 def announce(
@@ -23,6 +24,7 @@ def announce(
     num_steps: int,
     split: Split,
     found: Found | None,
+    recomputed: Recomputed,
 ) -> None:
     """Print the base, the processes, the data, the steps and where they start. Main rank only."""
     held, origin = base.quantization, base.source.origin
@@ -51,6 +53,7 @@ def announce(
             f"          as with {found.identity.world_size} ranks before: now {split}"
             + (f", of whose {split.num_places} places {empty} stay empty" if empty else "")
         )
+    print(f"backward  {recomputed}")
     print(report)
     if found is not None:
         print(f"resuming  {found.folder} after step {found.trainer.step}")

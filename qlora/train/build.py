@@ -22,6 +22,7 @@ from qlora.lora.layer import trained_B
 from qlora.lora.report import LoraReport
 from qlora.objective.train_model import LossHead, TrainModel
 from qlora.train.optim import build_optimizer
+from qlora.train.recompute import recompute
 
 
 def check_device(config: JobConfig, runtime: Runtime) -> None:
@@ -61,35 +62,9 @@ def build_model(
     if config.data.chat_template is not None:
         model.qlora_chat_template = Path(config.data.chat_template).read_text(encoding="utf-8")
     report = inject_lora(model, config.lora, seed=config.train.seed)
-    recompute = config.train.gradient_checkpointing
-    if recompute is True or (
-        recompute == "auto" and runtime.device.type == "cuda" and model.supports_gradient_checkpointing
-    ):
-        recompute_blocks(model, use_reentrant=config.train.gradient_checkpointing_kwargs.use_reentrant)
-    train_model = TrainModel(model, config.model.attention).train()
+    train_model = TrainModel(model, config.model.attention, z_loss=config.train.z_loss).train()
+    model.qlora_recomputed = recompute(config, runtime, train_model)
     return model, train_model, report
-
-
-def recompute_blocks(model: Any, *, use_reentrant: bool) -> None:
-    """Keep the input of each block alone, and compute what is inside it again in backward. Rank-local.
-
-    Raises:
-        ConfigError: the model is not made of blocks that can be computed again.
-    """
-    if not model.supports_gradient_checkpointing:
-        raise ConfigError(
-            f"{type(model).__name__} cannot compute its blocks again",
-            place="train.gradient_checkpointing",
-            next_step="set it to false",
-        )
-    # transformers 5.23 has a new name for it and warns of the old one.
-    enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
-    enable({"use_reentrant": use_reentrant})
-    # It also lets the embeddings' output ask for a gradient. The reentrant kind needs that, because a block whose input asks
-    # for none gets none; otherwise it is left out, because ZeRO-3 would gather the frozen embeddings in backward for it.
-    model.disable_input_require_grads()
-    if use_reentrant:
-        model.enable_input_require_grads()
 
 
 def prepare_engine(config: JobConfig, runtime: Runtime, train_model: TrainModel) -> Engine:
@@ -113,7 +88,6 @@ def prepare_engine(config: JobConfig, runtime: Runtime, train_model: TrainModel)
         config.train,
         runtime.device,
         sharded=runtime.is_zero,
-        on_cpu=runtime.offloads_optimizer,
         lora_B=trained_B(train_model),
     )
     engine = processes.prepare(

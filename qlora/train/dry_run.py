@@ -38,10 +38,16 @@ def dry_run(config: JobConfig, runtime: Runtime, *, force: bool = False) -> int:
     )
     with out_of_memory.explained(config, runtime, "in the step of the dry run"):
         result = run_step(
-            engine, runtime, batches, Counters(), learning_rate=config.train.learning_rate, seed=config.train.seed
+            engine,
+            runtime,
+            batches.to(runtime.device),
+            Counters(),
+            learning_rate=config.train.learning_rate,
+            seed=config.train.seed,
         )
     peak = runtime.max(torch.tensor(float(peak_memory_bytes(runtime.device)), device=runtime.device)).item()
     if runtime.is_main:
+        print(f"backward  {train_model.model.qlora_recomputed}")
         print(report)
         print(
             f"dry run: one step of {result.step_tokens:,} tokens in {result.step_seconds:.1f} s, loss {result.loss:.3f}, "

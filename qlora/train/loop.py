@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from qlora.config.schema import JobConfig
+from qlora.data.ahead import Ahead
 from qlora.data.loader import TrainLoader
 from qlora.data.sampler import Position
 from qlora.distributed.engine import Engine
@@ -49,7 +50,8 @@ def train(job: Job) -> Literal["done", "stopped"]:
     result: StepResult | None = None
     clock = BusyClock(job.runtime)
     if first < job.num_steps:
-        for batches in job.loader.batches(job.position):
+        steps = Ahead(job.loader.batches(job.position), lambda batches: batches.to(job.runtime.device))
+        for batches in steps:
             with out_of_memory.explained(job.config, job.runtime, f"in step {batches.step + 1}", loader=job.loader):
                 result = run_step(
                     job.engine,
@@ -59,6 +61,7 @@ def train(job: Job) -> Literal["done", "stopped"]:
                     learning_rate=learning_rate_at(batches.step, job.config.train, job.num_steps),
                     seed=job.config.train.seed,
                     stop_requested=job.stop.requested,
+                    meanwhile=steps.prepare if batches.step + 1 < job.num_steps else lambda: None,
                     clock=clock,
                 )
             is_last = result.step >= job.num_steps

@@ -109,12 +109,15 @@ def cures(config: JobConfig, runtime: Runtime, global_batch: int) -> list[str]:
                 f"{global_batch // (rows * runtime.world_size)}, which is the same batch and resumes"
             )
             break
+    # Before more GPUs are taken: it costs time, and leaves the result as it is.
+    if train.gradient_checkpointing is not True:
+        found.append("train.gradient_checkpointing: true, which computes every layer again; it resumes")
+    elif device.type == "cuda" and not train.offload_activations:
+        found.append("train.offload_activations: true; it resumes")
     if not runtime.is_sharded:
         found.append("launch with launch/accelerate/zero3.yaml on more ranks, which share the base; it resumes")
     elif device.type == "cuda":
         found.append("launch with more ranks, or with launch/accelerate/zero3_offload.yaml; it resumes")
-    # These are another job.
-    if train.gradient_checkpointing is False or (train.gradient_checkpointing == "auto" and device.type != "cuda"):
-        found.append("train.gradient_checkpointing: true, with --force where the run is to go on from its checkpoint")
+    # This is another job.
     found.append(f"data.max_length below {config.data.max_length}, as a new run")
     return found

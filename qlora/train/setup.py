@@ -199,7 +199,9 @@ def _train(
     trainer = found.trainer if found is not None else TrainerState(0, 0, 0, 0)
     num_steps = config.train.max_steps or loader.schedule.num_steps(config.train.num_train_epochs)
     if runtime.is_main:
-        announce(config, runtime, model.qlora_base, report, data.rows, len(plan), num_steps, split, found)
+        announce(
+            config, runtime, model.qlora_base, report, data.rows, len(plan), num_steps, split, found, model.qlora_recomputed
+        )
 
     def write_start(run_dir: RunDir) -> None:
         # Those of another line than the one that is gone on with are none of this run's.

@@ -34,6 +34,7 @@ class BusyClock:
         self._runtime = runtime
         self._on_gpu = runtime.device.type == "cuda"
         self._marks: list[torch.cuda.Event] = []
+        self._ahead_seconds = self._next_ahead_seconds = 0.0
         self.restart()
 
     def restart(self) -> None:
@@ -41,9 +42,14 @@ class BusyClock:
         self._host_seconds = 0.0
         self._began, self._waited = time.perf_counter(), self._runtime.waited_seconds
 
+    def worked_ahead(self, seconds: float) -> None:
+        """Work of the next step was done before this one has ended."""
+        self._next_ahead_seconds = seconds
+
     def forward_begins(self) -> None:
         """The first forward pass of a step begins."""
-        self._host_seconds = time.perf_counter() - self._began - (self._runtime.waited_seconds - self._waited)
+        self._ahead_seconds, self._next_ahead_seconds = self._next_ahead_seconds, 0.0
+        self._host_seconds = self._own_seconds()
         self._marks = []
         self._mark()
 
@@ -54,7 +60,11 @@ class BusyClock:
         if self._on_gpu:
             self._mark()
         else:
-            self._host_seconds = time.perf_counter() - self._began - (self._runtime.waited_seconds - self._waited)
+            self._host_seconds = self._own_seconds()
+
+    def _own_seconds(self) -> float:
+        waited = self._runtime.waited_seconds - self._waited
+        return self._ahead_seconds + time.perf_counter() - self._began - waited
 
     def seconds(self) -> float:
         """Of this step; once the gradient's norm was read, so that a GPU need not be waited for."""

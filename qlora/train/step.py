@@ -83,12 +83,15 @@ def run_step(
     learning_rate: float,
     seed: int,
     stop_requested: Callable[[], bool] = lambda: False,
+    meanwhile: Callable[[], None] = lambda: None,
     clock: BusyClock | None = None,
 ) -> StepResult:
     """Do one optimizer step; where a loss or the gradient is not finite, leave everything as it is. Collective.
 
     Args:
+        batches: on the device.
         stop_requested: asked of each rank when its part of the step is done; what one says goes for all.
+        meanwhile: called when all of the step is queued and nothing was waited for: there is time for the next one's data.
         clock: times this rank's own work.
     """
     start = time.perf_counter()
@@ -104,7 +107,7 @@ def run_step(
         with engine.micro_step(last=micro_step == num_micro_steps - 1), computing(_packs_of(batch, seed, batches.step)):
             if clock is not None and micro_step == 0:
                 clock.forward_begins()
-            loss_sum, _ = engine.model(batch.to(runtime.device))
+            loss_sum, _ = engine.model(batch)
             if clock is not None and micro_step == 0:
                 clock.forward_done()
             runtime.tick()
@@ -112,7 +115,12 @@ def run_step(
         losses.append(loss_sum.detach())
         totals[0] += losses[-1]
     runtime.tick(f"step {batches.step + 1}, update")
-    grad_norm = float(engine.step(learning_rate))
+    norm = engine.step(learning_rate)
+    began = time.perf_counter()
+    meanwhile()
+    if clock is not None:
+        clock.worked_ahead(time.perf_counter() - began)
+    grad_norm = float(norm)  # here the host waits for the device, once a step
     totals[1] = float(stop_requested())
     if clock is not None:
         totals[2 + runtime.rank] = clock.seconds()

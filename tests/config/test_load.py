@@ -64,6 +64,8 @@ def test_anchors_and_byte_order_mark(job) -> None:
         ("train.max_steps=7", "max_steps", 7),
         ("train.output_dir=runs/a=b", "output_dir", "runs/a=b"),
         ("train.gradient_checkpointing=false", "gradient_checkpointing", False),
+        ("train.gradient_checkpointing=1", "gradient_checkpointing", 1),
+        ("train.gradient_checkpointing=auto", "gradient_checkpointing", "auto"),
         ("train={seed: 5}", "seed", 5),
     ],
 )
@@ -113,7 +115,8 @@ def test_overrides_reach_lists_null_and_into_null(job) -> None:
         ("model: {dtype: fp16}\n", ["one of bfloat16, float16, float32"]),
         ("model: {quantization: {bits: 3}}\n", ["job.yaml:1:30: model.quantization.bits", "wanted: one of 4, 8"]),
         ("model: {quantization: 4}\n", ["a section of `key: value` lines or null"]),
-        ("train: {gradient_checkpointing: x}\n", ["auto or true or false"]),
+        ("train: {gradient_checkpointing: x}\n", ["auto or true or false or a whole number, at least 0"]),
+        ("train: {gradient_checkpointing: -1}\n", ["train.gradient_checkpointing", "found: -1", "at least 0"]),
         ("train: {max_steps: x}\n", ["a whole number, at least 1 or null"]),
         ("checkpoint: {resume: null}\n", ["found: null", "none (the word)"]),
         ("train: 5\n", ["job.yaml:1:8: train", "found: 5"]),

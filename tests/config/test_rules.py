@@ -45,6 +45,8 @@ def job(**sections: dict) -> JobConfig:
             "eval": {"every_steps": 5},
         },
         {"data": {"train": ["rows.jsonl"], "chat_template": "template.jinja"}},
+        {"train": {"offload_activations": True}},
+        {"train": {"offload_activations": True, "gradient_checkpointing": 7}},
         {"checkpoint": {"resume": "none"}},
         {"checkpoint": {"resume": "run/checkpoints/step-00000010"}},
         {"train": {"warmup_steps": 5, "max_steps": 5, "output_dir": "new/deep/folder"}},
@@ -93,6 +95,10 @@ def test_what_can_work_passes(sections: dict) -> None:
         ({"model": {"quantization": {"bits": 8, "block_size": 32}}}, ["block_size: in 8 bits", "32"]),
         ({"model": {"quantization": {"bits": 8, "quant_storage": "float16"}}}, ["quant_storage: in 8 bits", "bits: 4"]),
         ({"train": {"warmup_steps": 6, "max_steps": 5}}, ["train.warmup_steps", "6 warm-up steps of 5"]),
+        (
+            {"train": {"offload_activations": True, "gradient_checkpointing": 0}},
+            ["train.offload_activations", "no layer is recomputed", "found: train.gradient_checkpointing is 0"],
+        ),
         ({"train": {"output_dir": "rows.jsonl/run"}}, ["train.output_dir: a folder is wanted, there is a file"]),
         ({"train": {"output_dir": "base"}, "model": {"base": "base"}}, ["the base's own folder"]),
         ({"eval": {"every_steps": 5}}, ["eval.every_steps: there is nothing to evaluate on"]),
@@ -212,6 +218,7 @@ def test_each_key_is_classed(key: str) -> None:
     (change,) = changed_keys(JobConfig(), with_value(key, another(key)), old_global_batch=2, new_global_batch=3)
     assert change.key == key
     borne = ("max_nonfinite_steps", "silent_rank_seconds", "stalled_rank_seconds")
+    borne += ("gradient_checkpointing", "offload_activations")
     alone = ("train.output_dir", *(f"train.{name}" for name in borne))
     assert change.safe == (key in alone or key.split(".")[0] in ("logging", "eval", "checkpoint"))
     assert key in str(change)

@@ -69,6 +69,7 @@ def _usual(*, after: str) -> dict[str, Job]:
         "resumed": Job([*ACC2, *SAVES, *DROPOUT], after=after),
         "recompute": Job([*ACC2, *DROPOUT, *RECOMPUTE]),
         "reentrant": Job([*ACC2, *DROPOUT, *REENTRANT]),
+        "one_layer": Job([*ACC2, *DROPOUT, "train.gradient_checkpointing=1"]),
     }
 
 

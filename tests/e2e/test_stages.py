@@ -135,7 +135,7 @@ def test_dropout_is_drawn_for_a_pack_whoever_computes_it(
         close_relative(found.values(key), wanted.values(key), 1e-4)
 
 
-@pytest.mark.parametrize("kind", ["recompute", "reentrant"])
+@pytest.mark.parametrize("kind", ["recompute", "reentrant", "one_layer"])
 @pytest.mark.parametrize("mode", MODES)
 def test_recomputation_changes_nothing_with_dropout_on(
     project: Any, close_relative: Callable[..., None], mode: str, kind: str
@@ -145,6 +145,8 @@ def test_recomputation_changes_nothing_with_dropout_on(
         close_relative(found.values(key), wanted.values(key), 1e-5)
     assert abs(found.values("loss")[0] / project.result("single.acc1").values("loss")[0] - 1) < 1e-5  # B is zero then
     assert found.values("grad_norm")[1] != project.result(f"{mode}.acc2").values("grad_norm")[1]  # dropout is on
+    number = "the first 1" if kind == "one_layer" else "all"
+    assert f"backward  {number} of 2 layers computed again: as the job says" in found.logs[0]
 
 
 @pytest.mark.parametrize("mode", ["ddp", "zero3"])

@@ -25,6 +25,8 @@ MAY_CHANGE: dict[str, Any] = {
     "train.max_nonfinite_steps": 9,
     "train.silent_rank_seconds": 9.0,
     "train.stalled_rank_seconds": 9.0,
+    "train.gradient_checkpointing": 1,
+    "train.offload_activations": True,
     "eval.every_steps": 3,
     "eval.per_device_eval_batch_size": 3,
     "checkpoint.every_steps": 3,
@@ -96,7 +98,7 @@ MAY_NOT_CHANGE: dict[str, Any] = {
     "train.adam_epsilon": 0.5,
     "train.weight_decay": 0.5,
     "train.loraplus_lr_ratio": 3.0,
-    "train.gradient_checkpointing": True,
+    "train.z_loss": 3.0,
     "train.gradient_checkpointing_kwargs.use_reentrant": True,
     "train.seed": 3,
 }

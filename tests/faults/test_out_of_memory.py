@@ -166,17 +166,19 @@ def test_cures_come_in_the_order_of_what_they_cost(monkeypatch: pytest.MonkeyPat
     begins = [
         "set PYTORCH_CUDA_ALLOC_CONF",
         "train.per_device_train_batch_size: 3",
-        "launch with",
         "train.gradient_ch",
+        "launch with",
         "data.",
     ]
     assert [cure for cure, begin in zip(found, begins, strict=True) if not cure.startswith(begin)] == []
     assert "train.gradient_accumulation_steps: 2" in found[1]
     # What does not apply is not said.
     on_a_gpu(monkeypatch, free=1, allocated=79, reserved=79)
-    found = cures(job(), runtime("cuda", sharded=True), 4)
+    found = cures(job(gradient_checkpointing=True), runtime("cuda", sharded=True), 4)
+    assert [cure.split()[0] for cure in found] == ["train.offload_activations:", "launch", "data.max_length"]
+    assert "zero3_offload.yaml" in found[1]
+    found = cures(job(gradient_checkpointing=True, offload_activations=True), runtime("cuda", sharded=True), 4)
     assert [cure.split()[0] for cure in found] == ["launch", "data.max_length"]
-    assert "zero3_offload.yaml" in found[0]
 
 
 @pytest.mark.parametrize(("rows", "global_batch"), [(2, 8), (3, 12), (4, 80), (5, 100), (7, 28), (9, 72), (12, 240), (6, 8)])

@@ -13,8 +13,9 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from qlora.errors import ConfigError
-from qlora.ops import attention
-from qlora.ops.attention import DocumentLayout, document_attention, packed_forward
+from qlora.ops import attention, documents
+from qlora.ops.attention import document_attention, packed_forward
+from qlora.ops.documents import DocumentLayout
 
 HEAD_SIZE = 8
 
@@ -95,7 +96,7 @@ def test_a_layout_holds_each_token_once_and_pads_within_bounds(lengths: list[int
     assert len(order) == len(order.unique()) == sum(lengths)
     assert int(order.max()) < padded
     # Each document is padded to at most a quarter more than itself, or to the next multiple of 16.
-    assert padded <= sum(max(length * attention.GROUP_RATIO, length + attention.GROUP_STEP - 1) for length in lengths)
+    assert padded <= sum(max(length * documents.GROUP_RATIO, length + documents.GROUP_STEP - 1) for length in lengths)
 
 
 @pytest.mark.parametrize("lengths", [[], [0], [3, 0, 2], [-1]])

@@ -250,6 +250,8 @@ def test_gathers_by_hand() -> None:
     recomputed = job_of(lora=job.lora.model_dump(), data={"max_length": 100}, train={"per_device_train_batch_size": 3})
     rank = plan_rank(base, recomputed, "zero3", 4, nothing_whole)
     assert rank.gathered == (80 + 80 + 3 * (up + 8)) * 3 // 4
+    # What these layers keep besides is not known: the base says nothing of its architecture.
     assert rank.working["inputs of recomputed layers"] == 300 * 4 * 2
+    assert rank.num_recomputed == 1
     # Small trained parameters and vectors stay whole; packed weights and statistics never do.
     assert plan_rank(base, job, "zero3", 4).gathered == (80 + 2 * (128 + 12) + 80) * 3 // 4
