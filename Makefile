@@ -42,7 +42,7 @@ AGAIN := --last-failed --last-failed-no-failures none
 test: venv
 	$(BIN)/python -m pytest || $(BIN)/python -m pytest $(AGAIN)
 
-# What takes many launches: lost ranks, errors of one rank, starts from weights or data, offloading, answers of many ranks,
+# What takes many launches: lost ranks, errors of one rank, starts from weights or data, offloading, answers of many ranks, plans,
 # and every variant of LoRA in shares.
 test-long: venv
 	$(BIN)/python -m pytest -m long || $(BIN)/python -m pytest -m long $(AGAIN)

@@ -34,7 +34,7 @@ NCCL_BYTES = 1 << 30
 ITEMSIZE = {"bfloat16": 2, "float16": 2, "float32": 4}
 # Of `qlora.ops.cross_entropy` and `softmax_loss`: target tokens whose logits exist at once, and logits widened at once.
 LOSS_CHUNK_TOKENS = {"cpu": 256, "cuda": 1024}
-LOSS_BLOCK_LOGITS = {"cpu": 1 << 19, "cuda": 1 << 24}
+LOSS_BLOCK_LOGITS = {"cpu": 1 << 20, "cuda": 1 << 23}
 # Architectures that the table was compared with (`tests/plan/test_activations.py`), and what is built like them.
 LIKE_LLAMA = ("llama", "mistral", "qwen2", "qwen3", "phi3", "granite", "gemma", "gemma2", "gemma3_text")
 WITH_EXPERTS = ("mixtral", "qwen2_moe", "qwen3_moe")

@@ -44,6 +44,7 @@ def check(results: dict[str, Any], text: str) -> None:
     assert {(row["layers"], row["quantized"]) for row in results["bases"]} == {(3, True), (2, True), (3, False)}
 
 
+@pytest.mark.long
 def test_every_part_runs(tmp_path: Path) -> None:
     done = run(*TINY, "--one-process", "--parts", "ceilings,steps,longest,sixteen,wider", "--results", str(tmp_path))
     assert done.returncode == 0, done.stderr[-3000:]

@@ -24,6 +24,7 @@ def run(*arguments: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
 
 
+@pytest.mark.long
 def test_it_says_that_it_is_a_model_and_what_is_assumed() -> None:
     said = run("--tflops", "500", "--inner", "300").stdout
     assert "a model, never a measurement" in said
@@ -47,6 +48,7 @@ RESULTS: dict[str, Any] = {
 }
 
 
+@pytest.mark.long
 def test_what_a_gpu_does_comes_from_its_results(tmp_path: Path) -> None:
     file = tmp_path / "gpu.json"
     file.write_text(json.dumps(RESULTS))

@@ -37,6 +37,7 @@ def test_operations_of_a_step_are_those_that_are_computed() -> None:
     assert counter.get_total_flops() == workload.step_flop(step, TINY) + attention + head_of_others
 
 
+@pytest.mark.long
 def test_steps_are_those_of_this_projects_loader(tmp_path: Path) -> None:
     """Packs that end where documents end, labels where answers are, and documents that make up the packs again."""
     data = workload.make_data(tmp_path)

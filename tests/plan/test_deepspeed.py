@@ -35,6 +35,7 @@ def run(folder: Path, stage: int, zero: ZeroSettings, overrides: list[str]) -> d
     return json.loads(out.read_text())
 
 
+@pytest.mark.long
 @pytest.mark.e2e
 @pytest.mark.parametrize("stage", [2, 3])
 def test_a_rank_keeps_what_is_planned(tmp_path: Path, stage: int) -> None:
@@ -48,6 +49,7 @@ def test_a_rank_keeps_what_is_planned(tmp_path: Path, stage: int) -> None:
     assert set(planned) - set(found["kept"]) == ({"gradients"} if stage == 2 else set())
 
 
+@pytest.mark.long
 @pytest.mark.e2e
 @pytest.mark.parametrize("recompute", [False, True])
 def test_a_rank_gathers_no_more_than_is_planned_and_not_much_less(tmp_path: Path, recompute: bool) -> None:

@@ -32,6 +32,7 @@ def script() -> ModuleType:
     return module
 
 
+@pytest.mark.long
 def test_the_document_holds_what_the_script_computes(script: ModuleType) -> None:
     text = (ROOT / "docs/scaling.md").read_text(encoding="utf-8")
     assert script.filled(text) == text
@@ -39,6 +40,7 @@ def test_the_document_holds_what_the_script_computes(script: ModuleType) -> None
         script.filled(text.replace("<!-- table bases -->", ""))
 
 
+@pytest.mark.long
 def test_a_number_that_was_edited_is_noticed(script: ModuleType) -> None:
     text = (ROOT / "docs/scaling.md").read_text(encoding="utf-8")
     assert "**0.99 GB**" in text
