@@ -9,8 +9,10 @@ repeated. Above the diagonal nothing is computed but what falls into a tile.
     S = scale q k^T      P = softmax(S)      o = P v
     dv = P^T do      dP = do v^T      dS = P (dP - sum(P dP)) scale      dq = dS k      dk = dS^T q
 
-Forward computes S in fp32. In backward it comes out of a bf16 product, less the row's largest score, which the product takes
-off before it rounds (two more columns hold it): what weighs is then near zero, and rounded by less than P itself is.
+A bf16 product rounds what it gives, and softmax would make much of a large score's last digit. So forward computes S twice:
+once to know each row's largest score, and once less that score, which the product takes off before it rounds. What weighs is
+then near zero, and rounded by less than P itself is. The largest scores are kept for backward. fp32 products are slower than
+two in bf16.
 
 Shapes: T tokens, H query heads, K key heads, G = H / K; B = K * n for n documents of a group, L their padded length; d and e
 head sizes of keys and values; r queries and c keys of a tile.
@@ -30,10 +32,13 @@ from torch.autograd.function import once_differentiable
 from qlora.ops.documents import DocumentLayout, Heads
 from qlora.ops.scratch import buffers
 
-# Scores of a tile. Within a factor of 4 it makes no difference on two cores.
-TILE_ELEMENTS = 1 << 19
-# Fewest queries of a tile, where that many make more scores than a tile has.
-FEWEST_QUERIES = 32
+# Scores of a tile.
+TILE_ELEMENTS = 1 << 21
+# Tiles a document is cut into, at least, where each then has so many queries: what lies above the diagonal is skipped.
+FEWEST_PARTS = 8
+FEWEST_QUERIES = 64
+# Key heads of a tile, where it holds as few queries as that: a product over a few shares its work out better.
+PAIRS_TOGETHER = 3
 # Triangles of masks are made in sizes that are multiples of this.
 MASK_STEP = 128
 
@@ -71,46 +76,30 @@ class _Tile:
     def keys(self) -> tuple[slice, slice]:
         return self.pairs, slice(self.first_key, self.last)
 
+    def shape(self, num_shared: int) -> tuple[int, int, int]:
+        """Of its scores, (B, G r, c)."""
+        return self.pairs.stop - self.pairs.start, num_shared * (self.last - self.first), self.last - self.first_key
+
 
 def _tiles(num_pairs: int, num_shared: int, length: int, window: int | None) -> Iterator[_Tile]:
-    """Tiles that cover a group: whole documents where several fit, runs of queries where one does not."""
-    together = TILE_ELEMENTS // (num_shared * length * length)
-    if together:
-        for pair in range(0, num_pairs, together):
-            yield _Tile(slice(pair, min(pair + together, num_pairs)), 0, length, 0)
-        return
-    for pair in range(num_pairs):
+    """Tiles that cover a group: runs of queries of as many pairs as fit."""
+    most = min(length, max(FEWEST_QUERIES, -(-length // FEWEST_PARTS)))
+    few = min(most, FEWEST_QUERIES)
+    together = max(
+        TILE_ELEMENTS // (num_shared * most * length),
+        min(PAIRS_TOGETHER, TILE_ELEMENTS // (num_shared * few * length)),
+        1,
+    )
+    for pair in range(0, num_pairs, together):
+        pairs = slice(pair, min(pair + together, num_pairs))
         first = 0
         while first < length:
             first_key = 0 if window is None else max(0, first - window + 1)
             # The more keys are seen, the fewer queries fit.
-            keys = first - first_key + FEWEST_QUERIES
-            last = min(length, first + max(FEWEST_QUERIES, min(length // 4, TILE_ELEMENTS // (num_shared * keys))))
-            yield _Tile(slice(pair, pair + 1), first, last, first_key)
+            fitting = TILE_ELEMENTS // ((pairs.stop - pair) * num_shared * (first - first_key + few))
+            last = min(length, first + min(most, max(few, fitting)))
+            yield _Tile(pairs, first, last, first_key)
             first = last
-
-
-class _Scratch:
-    """Two tiles in the dtype of scores and one in that of the inputs; the last is the first where these are the same."""
-
-    def __init__(self, tiles: list[_Tile], num_shared: int, dtype: torch.dtype) -> None:
-        self.wide = torch.promote_types(dtype, torch.float32)
-        most = max((t.pairs.stop - t.pairs.start) * num_shared * (t.last - t.first) * (t.last - t.first_key) for t in tiles)
-        self._first, self._second, third = buffers(3, (1, most), self.wide, torch.device("cpu"))
-        self._narrow = third.view(dtype)
-
-    def scores(self, shape: tuple[int, ...]) -> Tensor:
-        return _shaped(self._first, shape)
-
-    def softmax(self, shape: tuple[int, ...]) -> Tensor:
-        return _shaped(self._second, shape)
-
-    def narrow(self, shape: tuple[int, ...]) -> Tensor:
-        return _shaped(self._narrow, shape)
-
-
-def _shaped(flat: Tensor, shape: tuple[int, ...]) -> Tensor:
-    return flat[0, : math.prod(shape)].view(shape)
 
 
 def _hide(scores_Brc: Tensor, tile: _Tile, num_shared: int, layout: DocumentLayout, window: int | None) -> None:
@@ -135,76 +124,110 @@ def _multiply(left_Brc: Tensor, right_Bcd: Tensor, out: Tensor) -> None:
         out.copy_(torch.bmm(left_Brc, right_Bcd).view(out.shape))
 
 
+class _Scores:
+    """Tiles of scores of one group.
+
+    Where the inputs are narrower than fp32, a row's largest score is taken off by the product itself, before it rounds:
+    queries and keys have one more column, of that score, rounded and negative, and of ones. Softmax does not see the
+    difference; what weighs is then near zero, and rounded by less than its weight is.
+    """
+
+    def __init__(self, q_BGLd: Tensor, k_BLd: Tensor, layout: DocumentLayout, scaling: float, window: int | None) -> None:
+        self._layout, self._window = layout, window
+        num_pairs, self._num_shared, length, _ = q_BGLd.shape
+        dtype = q_BGLd.dtype
+        self.is_wide = dtype == torch.promote_types(dtype, torch.float32)
+        # A power of two changes no digit, and so goes with the keys instead of over all scores.
+        self.folded = scaling if self.is_wide else math.ldexp(1.0, math.frexp(scaling)[1] - 1)
+        self.rest = scaling / self.folded
+        self.keys_BLd = k_BLd * self.folded
+        self._keys_more = None
+        if not self.is_wide:
+            self._keys_more = torch.cat([self.keys_BLd, k_BLd.new_ones(num_pairs, length, 1)], 2)
+        self.tiles = list(_tiles(num_pairs, self._num_shared, length, window))
+        most = max(math.prod(tile.shape(self._num_shared)) for tile in self.tiles)
+        self._scratch = buffers(2, (1, most), dtype, torch.device("cpu"))
+
+    def scratch(self, tile: _Tile) -> tuple[Tensor, Tensor]:
+        """Two tensors of a tile's shape (B, G r, c), with anything in them; every tile's are the same memory."""
+        shape = tile.shape(self._num_shared)
+        first, second = (flat[0, : math.prod(shape)].view(shape) for flat in self._scratch)
+        return first, second
+
+    def largest(self, tile: _Tile, q_Brd: Tensor, out: Tensor) -> Tensor:
+        """Each query's largest score before scaling (B, G r, 1), as the inputs' dtype has it. Writes to `out`."""
+        return self._seen(tile, q_Brd, self.keys_BLd, out).amax(-1, keepdim=True)
+
+    def weights(self, tile: _Tile, q_Brd: Tensor, top_Br1: Tensor, scratch: Tensor, out: Tensor) -> Tensor:
+        """Softmax of the scores (B, G r, c)."""
+        if self._keys_more is None:
+            scores = self._seen(tile, q_Brd, self.keys_BLd, scratch)
+        else:
+            scores = self._seen(tile, torch.cat([q_Brd, -top_Br1], 2), self._keys_more, scratch)
+        if self.rest != 1.0:
+            scores.mul_(self.rest)
+        return torch.softmax(scores, -1, out=out)
+
+    def _seen(self, tile: _Tile, q_Brd: Tensor, keys_BLd: Tensor, out: Tensor) -> Tensor:
+        torch.bmm(q_Brd, keys_BLd[tile.keys].contiguous().transpose(1, 2), out=out)
+        _hide(out, tile, self._num_shared, self._layout, self._window)
+        return out
+
+
+def _rows(x_BGLd: Tensor, tile: _Tile) -> Tensor:
+    """A tile's queries, or what belongs to them (B, G r, d). Products copy what is not contiguous, transposed slowly."""
+    return x_BGLd[tile.queries].flatten(1, 2).contiguous()
+
+
 def _forward_group(
-    q_BGLd: Tensor, k_BLd: Tensor, v_BLe: Tensor, out_BGLe: Tensor, top_BGL: Tensor, layout: DocumentLayout,
+    q_BGLd: Tensor, k_BLd: Tensor, v_BLe: Tensor, out_BGLe: Tensor, top_BGL1: Tensor, layout: DocumentLayout,
     scaling: float, window: int | None,
 ) -> None:  # fmt: skip
     """Attention of one group into `out`, and each query's largest score into `top`, both of any strides."""
-    num_pairs, num_shared, length, _ = q_BGLd.shape
-    tiles = list(_tiles(num_pairs, num_shared, length, window))
-    scratch = _Scratch(tiles, num_shared, v_BLe.dtype)
-    k_wide = k_BLd.to(scratch.wide)
-    for tile in tiles:
-        q_Brd = q_BGLd[tile.queries].flatten(1, 2).to(scratch.wide) * scaling
-        shape = (len(q_Brd), q_Brd.shape[1], tile.last - tile.first_key)
-        scores = torch.bmm(q_Brd, k_wide[tile.keys].transpose(1, 2), out=scratch.scores(shape))
-        _hide(scores, tile, num_shared, layout, window)
-        top_BGL[tile.queries] = scores.amax(-1).unflatten(1, (num_shared, -1))
-        weights = torch.softmax(scores, -1, out=scratch.softmax(shape))
-        _multiply(scratch.narrow(shape).copy_(weights), v_BLe[tile.keys], out_BGLe[tile.queries])
+    scores = _Scores(q_BGLd, k_BLd, layout, scaling, window)
+    for tile in scores.tiles:
+        first, second = scores.scratch(tile)
+        q_Brd = _rows(q_BGLd, tile)
+        top_Br1 = q_Brd[..., :1]
+        if not scores.is_wide:
+            top_Br1 = scores.largest(tile, q_Brd, first)
+            own = top_BGL1[tile.queries]
+            own.copy_(top_Br1.view(own.shape))
+        weights = scores.weights(tile, q_Brd, top_Br1, first, second)
+        _multiply(weights, v_BLe[tile.keys].contiguous(), out_BGLe[tile.queries])
 
 
 def _backward_group(
-    q_BGLd: Tensor, k_BLd: Tensor, v_BLe: Tensor, do_BGLe: Tensor, top_BGL: Tensor,
+    q_BGLd: Tensor, k_BLd: Tensor, v_BLe: Tensor, do_BGLe: Tensor, top_BGL1: Tensor,
     grads: tuple[Tensor, Tensor, Tensor], layout: DocumentLayout, scaling: float, window: int | None,
 ) -> None:  # fmt: skip
     """Gradients of one group into `grads`, of the shapes of q, k and v and of any strides."""
-    num_pairs, num_shared, length, _ = q_BGLd.shape
-    dtype = v_BLe.dtype
-    tiles = list(_tiles(num_pairs, num_shared, length, window))
-    scratch = _Scratch(tiles, num_shared, dtype)
-    is_wide = dtype == scratch.wide
+    dtype, length = v_BLe.dtype, q_BGLd.shape[2]
+    scores = _Scores(q_BGLd, k_BLd, layout, scaling, window)
     dq_BGLd, dk, dv = grads
-    in_parts = tiles[0].last < length
-    dk_BLd, dv_BLe = (torch.zeros_like(t, dtype=scratch.wide) if in_parts else t for t in (dk, dv))
-    # A power of two changes no digit, and so goes with the keys instead of over all scores.
-    folded = scaling if math.frexp(scaling)[0] == 0.5 else 1.0
-    rest = scaling / folded
-    k_BLd = k_BLd * folded
-    if not is_wide:
-        k_more = torch.cat([k_BLd, k_BLd.new_ones(num_pairs, length, 2)], 2)
-    for tile in tiles:
-        q_Brd, do_Bre = q_BGLd[tile.queries].flatten(1, 2), do_BGLe[tile.queries].flatten(1, 2)
-        keys_Bcd, values_Bce = k_BLd[tile.keys], v_BLe[tile.keys]
-        shape = (len(q_Brd), q_Brd.shape[1], keys_Bcd.shape[1])
-        scores, narrow = scratch.scores(shape), scratch.narrow(shape)
-        if is_wide:
-            torch.bmm(q_Brd, keys_Bcd.transpose(1, 2), out=scores)
-        else:
-            top_Br1 = top_BGL[tile.queries].flatten(1, 2).unsqueeze(2) / -rest
-            rounded = top_Br1.to(dtype)
-            q_more = torch.cat([q_Brd, rounded, (top_Br1 - rounded).to(dtype)], 2)
-            scores.copy_(torch.bmm(q_more, k_more[tile.keys].transpose(1, 2), out=narrow))
-        if rest != 1.0:
-            scores.mul_(rest)
-        _hide(scores, tile, num_shared, layout, window)
-        weights = torch.softmax(scores, -1, out=scratch.softmax(shape))
-        narrow.copy_(weights)
+    in_parts = scores.tiles[0].last < length
+    dk_BLd, dv_BLe = (
+        torch.zeros_like(t, dtype=torch.promote_types(dtype, torch.float32)) if in_parts else t for t in (dk, dv)
+    )
+    for tile in scores.tiles:
+        first, second = scores.scratch(tile)
+        q_Brd, do_Bre = _rows(q_BGLd, tile), _rows(do_BGLe, tile)
+        keys_Bcd, values_Bce = scores.keys_BLd[tile.keys].contiguous(), v_BLe[tile.keys].contiguous()
+        weights = scores.weights(tile, q_Brd, _rows(top_BGL1, tile), first, second)
         if in_parts:
-            dv_BLe[tile.keys] += torch.bmm(narrow.transpose(1, 2), do_Bre)
+            dv_BLe[tile.keys] += torch.bmm(weights.transpose(1, 2), do_Bre)
         else:
-            _multiply(narrow.transpose(1, 2), do_Bre, dv_BLe[tile.pairs])
-        torch.bmm(do_Bre, values_Bce.transpose(1, 2), out=narrow)
-        dscores = torch.ops.aten._softmax_backward_data.out(
-            scores.copy_(narrow), weights, -1, scratch.wide, grad_input=scores
-        )
-        narrow.copy_(dscores if rest == 1.0 else dscores.mul_(rest))
-        _multiply(narrow, keys_Bcd, dq_BGLd[tile.queries])
+            _multiply(weights.transpose(1, 2), do_Bre, dv_BLe[tile.pairs])
+        dweights = torch.bmm(do_Bre, values_Bce.transpose(1, 2), out=first)
+        dscores = torch.ops.aten._softmax_backward_data.out(dweights, weights, -1, dtype, grad_input=dweights)
+        if scores.rest != 1.0:
+            dscores.mul_(scores.rest)
+        _multiply(dscores, keys_Bcd, dq_BGLd[tile.queries])
         if in_parts:
-            dk_BLd[tile.keys] += torch.bmm(narrow.transpose(1, 2), q_Brd)
+            dk_BLd[tile.keys] += torch.bmm(dscores.transpose(1, 2), q_Brd)
         else:
-            _multiply(narrow.transpose(1, 2), q_Brd, dk_BLd[tile.pairs])
-    dk_BLd.mul_(folded)
+            _multiply(dscores.transpose(1, 2), q_Brd, dk_BLd[tile.pairs])
+    dk_BLd.mul_(scores.folded)
     if in_parts:
         dk.copy_(dk_BLd)
         dv.copy_(dv_BLe)
@@ -264,10 +287,10 @@ class _DocumentAttention(torch.autograd.Function):
         num_heads, num_kv_heads = query.shape[1], key.shape[1]
         groups = _Groups(layout.heads(num_heads, num_kv_heads))
         out, outs = groups.empty(num_heads, value.shape[-1], value.dtype, shared=False)
-        top, tops = groups.empty(num_heads, 1, torch.promote_types(value.dtype, torch.float32), shared=False)
+        top, tops = groups.empty(num_heads, 1, value.dtype, shared=False)
         inputs = (groups.cut(query, shared=False), groups.cut(key, shared=True), groups.cut(value, shared=True))
         for q, k, v, own_out, own_top in zip(*inputs, outs, tops, strict=True):
-            _forward_group(q, k, v, own_out, own_top.squeeze(-1), layout, scaling, window)
+            _forward_group(q, k, v, own_out, own_top, layout, scaling, window)
         ctx.save_for_backward(query, key, value, top)
         ctx.layout, ctx.scaling, ctx.window = layout, scaling, window
         return groups.join(out, num_heads, shared=False)
@@ -285,7 +308,7 @@ class _DocumentAttention(torch.autograd.Function):
         made = [groups.empty(count, t.shape[-1], value.dtype, shared=shared) for count, t, shared in sizes]
         for q, k, v, do, own_top, *grads in zip(*inputs, directions, tops, *(parts for _, parts in made), strict=True):
             _backward_group(
-                q, k, v, do, own_top.squeeze(-1), tuple(grads), ctx.layout, ctx.scaling, ctx.window
+                q, k, v, do, own_top, tuple(grads), ctx.layout, ctx.scaling, ctx.window
             )  # fmt: skip
         found = [groups.join(flat, count, shared=shared) for (flat, _), (count, _, shared) in zip(made, sizes, strict=True)]
         return *found, None, None, None

@@ -38,6 +38,6 @@ def buffers(count: int, shape: tuple[int, int], dtype: torch.dtype, device: torc
         return tuple(torch.empty(shape, dtype=dtype, device=device) for _ in range(count))
     needed = count * rows * columns
     kept: Tensor | None = getattr(_kept, "buffer", None)
-    if kept is None or kept.dtype != dtype or kept.numel() < needed:
-        kept = _kept.buffer = torch.empty(needed, dtype=dtype)
-    return tuple(kept[:needed].view(count, rows, columns).unbind())
+    if kept is None or kept.numel() < needed * dtype.itemsize:
+        kept = _kept.buffer = torch.empty(needed * dtype.itemsize, dtype=torch.uint8)
+    return tuple(kept[: needed * dtype.itemsize].view(dtype).view(count, rows, columns).unbind())

@@ -78,20 +78,23 @@ def test_heads_and_widths(heads: int, kv_heads: int, widths: tuple[int, int]) ->
 
 
 @pytest.mark.parametrize(("size", "scaling"), [(1.0, SCALING), (6.0, SCALING), (6.0, POWER_OF_TWO)])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("lengths", LENGTHS.values(), ids=LENGTHS)
-def test_bf16_is_within_the_rounding_of_its_inputs(lengths: list[int], size: float, scaling: float) -> None:
+def test_half_precision_is_within_the_rounding_of_its_inputs(
+    lengths: list[int], dtype: torch.dtype, size: float, scaling: float
+) -> None:
     """Also where scores reach hundreds, of which bf16 alone keeps no digit behind the point."""
-    qkv = make_qkv(sum(lengths), torch.bfloat16, widths=(32, 32))
+    qkv = make_qkv(sum(lengths), dtype, widths=(32, 32))
     qkv[0] = (qkv[0].detach() * size).requires_grad_()
     qkv[1] = (qkv[1].detach() * size).requires_grad_()
     inputs, want = reference(qkv, lengths, None, scaling)
     found = attention_on_cpu(*qkv, DocumentLayout.from_lengths(lengths), scaling)
-    direction = torch.randn(want.shape, dtype=torch.float64, generator=torch.Generator().manual_seed(1)).bfloat16()
+    direction = torch.randn(want.shape, dtype=torch.float64, generator=torch.Generator().manual_seed(1)).to(dtype)
     gradients = torch.autograd.grad(found, qkv, direction)
     wanted = torch.autograd.grad(want, inputs, direction.double())
     for own, oracle in zip((found, *gradients), (want, *wanted), strict=True):
-        assert own.dtype == torch.bfloat16
-        assert (own.double() - oracle).norm() < 2**-7 * oracle.norm()
+        assert own.dtype == dtype
+        assert (own.double() - oracle).norm() < torch.finfo(dtype).eps * oracle.norm()
 
 
 @pytest.mark.parametrize("lengths", LENGTHS.values(), ids=LENGTHS)
