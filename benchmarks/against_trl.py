@@ -46,7 +46,7 @@ def main() -> int:
         from peers.run import do_arm
 
         return do_arm(arguments.arm)
-    from machine import slug, write_results
+    from machine import report, slug
     from peers import pairs, quiet, run, workload
     from peers.rows import MEASURED, QUICK, ROWS
     from readme_table import table
@@ -92,9 +92,7 @@ def main() -> int:
                 if not record["quiet"] and row.is_time:
                     print(f"  disturbed: others had {record['others_share']:.0%} of the cores", flush=True)
     lines = table(pairs.read(raw))
-    print("\n".join(lines))
-    if arguments.results:
-        write_results(arguments.results, "Against TRL + PEFT", __file__, lines)
+    report(arguments.results, "Against TRL + PEFT", __file__, lines)
     return 1 if failed else 0
 
 

@@ -28,14 +28,17 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-from machine import describe, write_results
+from machine import describe, report
+from random_base import make_llama, write_job
 
 from qlora.config.schema import CheckpointConfig
 
 ROOT = Path(__file__).parents[1]
 PLACES = {"one process": ("single", 1), "two ranks, zero3": ("zero3", 2)}
-SHAPE = {"hidden_size": 576, "intermediate_size": 1536, "num_hidden_layers": 30, "num_attention_heads": 9}
-VOCABULARY, KEY_VALUE_HEADS = 49152, 3
+SHAPE = {
+    "hidden_size": 576, "intermediate_size": 1536, "num_hidden_layers": 30, "num_attention_heads": 9,
+    "num_key_value_heads": 3, "vocab_size": 49152, "tie_word_embeddings": True, "use_cache": False,
+}  # fmt: skip
 AFTER = 20  # steps after a save that may be slower for it
 MOST_LOST, MOST_BYTES, MOST_EXTRA_BYTES = 0.01, 16, 1_000_000
 
@@ -51,21 +54,6 @@ class Cost:
     lost: list[float]
     num_bytes: int
     num_parameters: int
-
-
-def make_base(folder: Path) -> None:
-    """A Llama of random weights with the embedded base's tokenizer, which uses a part of the vocabulary."""
-    import torch
-    from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
-
-    from qlora.assets import tiny_path
-
-    config = LlamaConfig(
-        **SHAPE, num_key_value_heads=KEY_VALUE_HEADS, vocab_size=VOCABULARY, tie_word_embeddings=True, use_cache=False
-    )
-    torch.manual_seed(0)
-    LlamaForCausalLM._from_config(config, dtype=torch.bfloat16).save_pretrained(folder)
-    AutoTokenizer.from_pretrained(tiny_path()).save_pretrained(folder)
 
 
 def train_and_time(arguments: list[str], record: Path) -> int:
@@ -130,7 +118,7 @@ def measure(folder: Path, place: str, saves: int, tokens: int, threads: int | No
     return Cost(seconds["held"][:saves], seconds["written"][:saves], after, without, lost, num_bytes, num_parameters)
 
 
-def report(costs: dict[str, Cost]) -> list[str]:
+def tables(costs: dict[str, Cost]) -> list[str]:
     """Tables and verdicts."""
     interval = CheckpointConfig().every_steps
     assert interval is not None
@@ -188,24 +176,17 @@ def main() -> None:
     busy = os.getloadavg()[0]
     with tempfile.TemporaryDirectory() as text:
         folder = Path(text)
-        make_base(folder / "base")
-        row = {
-            "prompt": "What is it?",
-            "completion": "A long answer. " * arguments.tokens,
-        }  # cut to the same number of tokens
-        (folder / "train.jsonl").write_text((json.dumps(row) + "\n") * 64)
-        (folder / "job.yaml").write_text("{}\n")
+        make_llama(folder / "base", **SHAPE)
+        write_job(folder, 64, "A long answer. " * arguments.tokens)  # cut to the same number of tokens
         wanted = arguments.saves, arguments.tokens, arguments.threads
         costs = {place: measure(folder, place, *wanted) for place in PLACES}
-    lines = report(costs)
+    lines = tables(costs)
     cores = f"{arguments.threads} thread(s) a rank" if arguments.threads else "all cores"
     lines += [
         f"- {arguments.saves} saves, {2 * AFTER} steps apart; a step is a row of {arguments.tokens} tokens a rank; {cores}",
         f"- load average before and after: {busy:.1f}, {os.getloadavg()[0]:.1f}; machine: {describe()}",
     ]
-    print("\n".join(lines))
-    if arguments.results:
-        write_results(arguments.results, "What a checkpoint costs", __file__, lines)
+    report(arguments.results, "What a checkpoint costs", __file__, lines)
 
 
 if __name__ == "__main__":

@@ -17,27 +17,15 @@ import sys
 import tempfile
 from pathlib import Path
 
-from machine import describe, write_results
-
-from qlora.assets import tiny_path
+from machine import describe, report
+from random_base import make_llama, write_job
 
 ALLOWANCE_BYTES = 150_000_000
-HIDDEN, LAYERS, FFN, VOCABULARY = 2048, 10, 5632, 32000
+SHAPE = {
+    "hidden_size": 2048, "intermediate_size": 5632, "num_hidden_layers": 10, "num_attention_heads": 16,
+    "num_key_value_heads": 16, "vocab_size": 32000, "tie_word_embeddings": False,
+}  # fmt: skip
 LORA_RANK = 4
-
-
-def make_base(folder: Path) -> None:
-    """A random Llama in bf16 with the embedded base's tokenizer, in shards of at most 500 MB."""
-    import torch
-    from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
-
-    config = LlamaConfig(
-        hidden_size=HIDDEN, intermediate_size=FFN, num_hidden_layers=LAYERS, num_attention_heads=16,
-        num_key_value_heads=16, vocab_size=VOCABULARY, tie_word_embeddings=False,
-    )  # fmt: skip
-    torch.manual_seed(0)
-    LlamaForCausalLM._from_config(config, dtype=torch.bfloat16).save_pretrained(folder, max_shard_size="500MB")
-    AutoTokenizer.from_pretrained(tiny_path()).save_pretrained(folder)
 
 
 def sizes(folder: Path) -> tuple[int, int, int]:
@@ -56,16 +44,15 @@ def sizes(folder: Path) -> tuple[int, int, int]:
     return sum(file.stat().st_size for file in find_weight_files(folder)), quantized, largest
 
 
-def peak_of_job(base: str, data: Path, folder: Path) -> int:
-    """Peak resident bytes (VmHWM, read after the step) of one `qlora train` of a single step."""
+def peak_of_job(base: str, job: Path, folder: Path) -> int:
+    """Peak resident bytes (VmHWM, read after the step) of one `qlora train` of a single step on the files of a job."""
     overrides = [
-        f"model.base={base}", f"lora.r={LORA_RANK}", f"data.train=[{data}]", "data.max_length=128",
+        f"model.base={base}", f"lora.r={LORA_RANK}", f"data.train=[{job / 'train.jsonl'}]", "data.max_length=128",
         f"data.cache_dir={folder / 'cache'}", f"train.output_dir={folder / 'run'}", "train.max_steps=1",
         "checkpoint.every_steps=null", "checkpoint.resume=none",
     ]  # fmt: skip
-    job = folder / "job.yaml"
-    job.write_text("{}\n")
-    subprocess.run([sys.executable, "-m", "qlora", "train", str(job), *overrides], stdout=subprocess.DEVNULL, check=True)
+    command = [sys.executable, "-m", "qlora", "train", str(job / "job.yaml"), *overrides]
+    subprocess.run(command, stdout=subprocess.DEVNULL, check=True)
     row = json.loads((folder / "run" / "metrics.jsonl").read_text().splitlines()[0])
     peak: int = row["peak_memory_bytes"]
     return peak
@@ -80,16 +67,14 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as text:
         folder = Path(text)
         base = folder / "base"
-        make_base(base)
-        data = folder / "train.jsonl"
-        row = {"prompt": "What is it?", "completion": "A short answer."}
-        data.write_text((json.dumps(row) + "\n") * 8)
+        make_llama(base, max_shard_size="500MB", **SHAPE)
+        write_job(folder, 8)
         peaks: dict[str, list[int]] = {"builtin:tiny": [], str(base): []}
         for number in range(arguments.runs):
             for name, found in peaks.items():
                 work = folder / f"{'tiny' if name.startswith('builtin') else 'large'}{number}"
                 work.mkdir()
-                found.append(peak_of_job(name, data, work))
+                found.append(peak_of_job(name, folder, work))
         file_bytes, quantized, largest = sizes(base)
     tiny, large = (statistics.median(found) for found in peaks.values())
     limit = quantized + largest + ALLOWANCE_BYTES
@@ -102,9 +87,7 @@ def main() -> None:
         f"{limit / 1e6:,.0f} MB; share of the bf16 file: {(large - tiny) / file_bytes:.2f}",
         f"- machine: {describe()}",
     ]
-    print("\n".join(lines))
-    if arguments.results:
-        write_results(arguments.results, "Memory of loading a base, through the first step", __file__, lines)
+    report(arguments.results, "Memory of loading a base, through the first step", __file__, lines)
 
 
 if __name__ == "__main__":

@@ -43,8 +43,11 @@ def slug() -> str:
     return re.sub(r"[^a-z0-9]+", "-", describe_machine().lower()).strip("-")
 
 
-def write_results(path: Path, title: str, script: str, lines: list[str]) -> None:
-    """Write a results file: title, date, command, lines."""
+def report(path: Path | None, title: str, script: str, lines: list[str]) -> None:
+    """Print the lines of a result, and write a file of them where asked: title, date, command, lines."""
+    print("\n".join(lines))
+    if path is None:
+        return
     path.parent.mkdir(parents=True, exist_ok=True)
     date = datetime.date.today().isoformat()
     head = [f"# {title}", "", f"`python benchmarks/{Path(script).name}`, {date}", ""]

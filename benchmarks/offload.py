@@ -10,7 +10,6 @@ of its anonymous memory (RssAnon): pages of mapped files, which the system can d
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import subprocess
 import sys
@@ -19,28 +18,16 @@ import time
 from pathlib import Path
 
 import psutil
-from machine import describe, write_results
+from machine import describe, report
+from random_base import make_llama, write_job
 
 ROOT = Path(__file__).parents[1]
 LAUNCH_FILES = ("zero3", "zero3_offload", "zero3_nvme")
-SHAPE = {"hidden_size": 2048, "intermediate_size": 7168, "num_hidden_layers": 16, "num_attention_heads": 16}
+SHAPE = {
+    "hidden_size": 2048, "intermediate_size": 7168, "num_hidden_layers": 16, "num_attention_heads": 16,
+    "num_key_value_heads": 16, "tie_word_embeddings": True,
+}  # fmt: skip
 MIB = 1024 * 1024
-
-
-def make_base(folder: Path) -> int:
-    """A Llama of random weights with the embedded base's tokenizer. Returns the number of its weights."""
-    import torch
-    from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
-
-    from qlora.assets import tiny_path
-
-    tokenizer = AutoTokenizer.from_pretrained(tiny_path())
-    config = LlamaConfig(**SHAPE, num_key_value_heads=16, vocab_size=len(tokenizer), tie_word_embeddings=True)
-    torch.manual_seed(0)
-    model = LlamaForCausalLM._from_config(config, dtype=torch.bfloat16)
-    model.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    return sum(p.numel() for p in model.parameters())
 
 
 def status_bytes(pid: int, key: str) -> int:
@@ -91,10 +78,8 @@ def main() -> None:
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as text:
         folder = Path(text)
-        num_weights = make_base(folder / "base")
-        row = {"prompt": "What is it?", "completion": "A short answer."}
-        (folder / "train.jsonl").write_text((json.dumps(row) + "\n") * 64)
-        (folder / "job.yaml").write_text("{}\n")
+        num_weights = make_llama(folder / "base", **SHAPE)
+        write_job(folder, 64)
         found = {launch: train(folder, launch, arguments.steps) for launch in LAUNCH_FILES}
     lines = ["| launch file | peak resident, MiB a rank | least anonymous during steps, MiB a rank |", "|---|---|---|"]
     for launch, ranks in found.items():
@@ -104,9 +89,7 @@ def main() -> None:
         "",
         f"- base of {num_weights / 1e6:,.0f}M weights, two ranks over gloo, {arguments.steps} steps; machine: {describe()}",
     ]
-    print("\n".join(lines))
-    if arguments.results:
-        write_results(arguments.results, "What offloading saves without a GPU", __file__, lines)
+    report(arguments.results, "What offloading saves without a GPU", __file__, lines)
 
 
 if __name__ == "__main__":

@@ -27,28 +27,17 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from machine import describe, write_results
+from machine import describe, report
+from random_base import make_llama
 
-from qlora.assets import tiny_path
-
-LAYERS, HIDDEN, FFN, HEADS, KEY_HEADS, VOCABULARY, TOKENS = 30, 576, 1536, 9, 3, 49152, 1024
+LAYERS, VOCABULARY, TOKENS = 30, 49152, 1024
+SHAPE = {
+    "hidden_size": 576, "intermediate_size": 1536, "num_hidden_layers": LAYERS, "num_attention_heads": 9,
+    "num_key_value_heads": 3, "vocab_size": VOCABULARY, "tie_word_embeddings": True,
+}  # fmt: skip
 MLPS = "the MLPs alone"
 LEARNING_RATE = 1e-12  # so that every step is the same step, whatever was before it
 SETTINGS: tuple[int | str, ...] = (0, LAYERS // 4, LAYERS // 2, 3 * LAYERS // 4, LAYERS, MLPS)
-
-
-def make_base(folder: Path) -> None:
-    """Random weights in bf16, with the embedded base's tokenizer, which a base must have."""
-    import torch
-    from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
-
-    config = LlamaConfig(
-        hidden_size=HIDDEN, intermediate_size=FFN, num_hidden_layers=LAYERS, num_attention_heads=HEADS,
-        num_key_value_heads=KEY_HEADS, vocab_size=VOCABULARY, tie_word_embeddings=True,
-    )  # fmt: skip
-    torch.manual_seed(0)
-    LlamaForCausalLM._from_config(config, dtype=torch.bfloat16).save_pretrained(folder)
-    AutoTokenizer.from_pretrained(tiny_path()).save_pretrained(folder)
 
 
 class Trainer:
@@ -213,7 +202,7 @@ def main() -> None:
         return
     with tempfile.TemporaryDirectory() as folder:
         base = Path(folder) / "base"
-        make_base(base)
+        make_llama(base, **SHAPE)
         found = in_process("--base", str(base), "--rounds", str(arguments.rounds))
         for name, entry in found.items() if arguments.resident else ():
             entry["resident"] = in_process("--base", str(base), "--setting", name)
@@ -225,9 +214,7 @@ def main() -> None:
         "",
         f"Machine: {describe()}, {os.environ.get('OMP_NUM_THREADS', 'all')} threads",
     ]
-    print("\n".join(lines))
-    if arguments.results:
-        write_results(arguments.results, "Tokens a second against memory, by layers computed again", __file__, lines)
+    report(arguments.results, "Tokens a second against memory, by layers computed again", __file__, lines)
 
 
 if __name__ == "__main__":

@@ -19,28 +19,18 @@ import tempfile
 from pathlib import Path
 
 import yaml
-from machine import describe, write_results
+from machine import describe, report
+from random_base import make_llama, write_job
 
 ROOT = Path(__file__).parents[1]
 THRESHOLDS = (0, 100_000, 1_000_000)
 WARMUP_STEPS = 3
 # Wide enough for A and B to lie on both sides of DeepSpeed's default.
-SHAPE = {"hidden_size": 2048, "intermediate_size": 8192, "num_hidden_layers": 4, "num_attention_heads": 16}
+SHAPE = {
+    "hidden_size": 2048, "intermediate_size": 8192, "num_hidden_layers": 4, "num_attention_heads": 16,
+    "num_key_value_heads": 16, "tie_word_embeddings": True,
+}  # fmt: skip
 LORA_RANK = 16
-
-
-def make_base(folder: Path) -> None:
-    """A small Llama of random weights with the embedded base's tokenizer."""
-    import torch
-    from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
-
-    from qlora.assets import tiny_path
-
-    tokenizer = AutoTokenizer.from_pretrained(tiny_path())
-    config = LlamaConfig(**SHAPE, num_key_value_heads=16, vocab_size=len(tokenizer), tie_word_embeddings=True)
-    torch.manual_seed(0)
-    LlamaForCausalLM._from_config(config, dtype=torch.bfloat16).save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
 
 
 def write_launch(folder: Path, threshold: int) -> Path:
@@ -87,10 +77,8 @@ def main() -> None:
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as text:
         folder = Path(text)
-        make_base(folder / "base")
-        row = {"prompt": "What is it?", "completion": "A short answer."}
-        (folder / "train.jsonl").write_text((json.dumps(row) + "\n") * 64)
-        (folder / "job.yaml").write_text("{}\n")
+        make_llama(folder / "base", **SHAPE)
+        write_job(folder, 64)
         seconds: dict[int, list[float]] = {threshold: [] for threshold in THRESHOLDS}
         for run in range(arguments.runs):
             for threshold in THRESHOLDS if run % 2 == 0 else reversed(THRESHOLDS):
@@ -104,9 +92,7 @@ def main() -> None:
         low, middle, high = statistics.quantiles(found, n=4)
         lines.append(f"| {threshold:,} | {kept:,} of {total:,} | {middle:.3f} | {low:.3f} to {high:.3f} |")
     lines += ["", f"- {arguments.runs} runs of {arguments.steps} steps, two ranks over gloo; machine: {describe()}"]
-    print("\n".join(lines))
-    if arguments.results:
-        write_results(arguments.results, "LoRA's parameters under ZeRO-3: kept whole or gathered", __file__, lines)
+    report(arguments.results, "LoRA's parameters under ZeRO-3: kept whole or gathered", __file__, lines)
 
 
 if __name__ == "__main__":

@@ -26,7 +26,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from machine import describe, write_results
+from machine import describe, report
 from scaling_tables import BASES, CONTEXT, MACHINE, shapes, speed_table
 from scaling_worker import SIZES, make_base
 
@@ -230,10 +230,8 @@ def main() -> None:
         lines = check(arguments.check_tokens, arguments.check_layers, arguments.check_runs)
     else:
         lines = predicted_lines(arguments)
-    print("\n".join(lines))
-    if arguments.results:
-        title = "The scaling model against gloo ranks" if arguments.check else "Scaling, by a model"
-        write_results(arguments.results, title, __file__, lines)
+    title = "The scaling model against gloo ranks" if arguments.check else "Scaling, by a model"
+    report(arguments.results, title, __file__, lines)
 
 
 if __name__ == "__main__":

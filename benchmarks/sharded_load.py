@@ -26,7 +26,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from machine import describe, write_results
+from machine import describe, report
+from random_base import write_job
 
 from qlora.assets import tiny_path
 
@@ -294,14 +295,10 @@ def main() -> None:
         base = Path(arguments.base) if arguments.base else folder / "base"
         if not base.exists():
             make_base(base, arguments.layers)
-        row = {"prompt": "What is it?", "completion": "A short answer."}
-        (folder / "train.jsonl").write_text((json.dumps(row) + "\n") * 8)
-        (folder / "job.yaml").write_text("{}\n")
+        write_job(folder, 8)
         parts = {"loading": measure_loading, "training": measure_training}
         lines = parts[arguments.part](base, folder, arguments.runs)
-    print("\n".join(lines))
-    if arguments.results:
-        write_results(arguments.results, "Loading in shares, beside the usual way", __file__, lines)
+    report(arguments.results, "Loading in shares, beside the usual way", __file__, lines)
 
 
 if __name__ == "__main__":

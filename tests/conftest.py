@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -89,6 +89,16 @@ def pytest_configure(config: pytest.Config) -> None:
     # Tensors are tiny here: a second thread costs several times what it gives. Torch is not imported yet.
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     config.addinivalue_line("filterwarnings", r"error:::qlora(\..*)?")
+
+
+@pytest.fixture(scope="module")
+def without_compiling() -> Iterator[None]:
+    """Torch's compiler is off, as in the processes that tests launch."""
+    from torch._dynamo import config
+
+    former, config.disable = config.disable, True
+    yield
+    config.disable = former
 
 
 @pytest.fixture(params=sorted(ARCHITECTURES))

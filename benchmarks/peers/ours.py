@@ -59,9 +59,22 @@ def speed(recorder: Any, warmup: int) -> dict[str, float]:
     }
 
 
+def _run_job(base: Path, settings: dict[str, Any], folder: Path, loop: Any) -> None:
+    """`qlora train` with `loop` in place of the loop of training. Raises SystemExit where the command fails."""
+    from qlora.cli.main import main
+    from qlora.train import setup
+
+    setup.train = loop
+    job_file = folder / "job.yaml"
+    job_file.write_text("{}\n")
+    # Ranks that share a cache: the token rows are made by whoever is first.
+    code = main(["train", str(job_file), *workload.overrides(base, settings, folder / "run", folder / "cache")])
+    if code:
+        raise SystemExit(code)
+
+
 def train(base: Path, settings: dict[str, Any], folder: Path) -> dict[str, Any]:
     """`qlora train`, measured as `settings["what"]` says: train, memory, saved, first_step, eval, save."""
-    from qlora.cli.main import main
     from qlora.train import setup
 
     what = settings["what"]
@@ -92,20 +105,16 @@ def train(base: Path, settings: dict[str, Any], folder: Path) -> dict[str, Any]:
             found["gathered_bytes"], found["gathered_bytes_of_last_step"] = marks[1] - marks[0], marks[-1] - marks[-2]
         return outcome
 
-    setup.train = watched_loop
-    job_file = folder / "job.yaml"
-    job_file.write_text("{}\n")
-    # Ranks that share a cache: the token rows are made by whoever is first.
-    code = main(["train", str(job_file), *workload.overrides(base, settings, folder / "run", folder / "cache")])
-    if code:
-        raise SystemExit(code)
+    _run_job(base, settings, folder, watched_loop)
     return {**recorder.found(), **found}
 
 
 def first_step(base: Path, settings: dict[str, Any], folder: Path) -> dict[str, Any]:
     """Seconds from the start of the process to the end of the first step."""
-    from qlora.cli.main import main
-    from qlora.train import setup
+    from qlora.cli.loading import modules_that_stay
+
+    with modules_that_stay():  # as the command imports it
+        from qlora.train import setup
 
     loop = setup.train
     at: list[tuple[float, float]] = []
@@ -121,12 +130,7 @@ def first_step(base: Path, settings: dict[str, Any], folder: Path) -> dict[str, 
         job.hooks = [*job.hooks, recorder]
         return loop(job)
 
-    setup.train = watched_loop
-    job_file = folder / "job.yaml"
-    job_file.write_text("{}\n")
-    code = main(["train", str(job_file), *workload.overrides(base, settings, folder / "run", folder / "cache")])
-    if code:
-        raise SystemExit(code)
+    _run_job(base, settings, folder, watched_loop)
     wall, cpu = at[0]
     started = float(os.environ["QLORA_BENCH_STARTED"])
     return {**recorder.found(), "first_step_seconds": wall - started, "first_step_cpu_seconds": cpu}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import compileall
 import datetime
 import hashlib
 import json
@@ -31,6 +32,8 @@ class ArmFailed(Exception):
 
 def prepare(row: Row, cache: Path, layers: int) -> tuple[Path, dict[str, dict[str, Any]], float]:
     """Make what the arms of a row need. Returns the base, each arm's settings, and the operations of a timed step."""
+    # As an installer leaves a package, and has left the other side's. Python does it by itself too, unless told not to.
+    compileall.compile_dir(str(ROOT / "qlora"), quiet=2)
     base = workload.make_base(cache, layers)
     data = workload.make_data(cache)
     found = {}

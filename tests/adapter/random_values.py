@@ -8,11 +8,11 @@ import torch
 from torch import nn
 
 
-def randomize(model: nn.Module, seed: int = 1) -> Any:
-    """Add something to every trainable parameter; returns the model."""
+def randomize(model: nn.Module, seed: int = 1, size: float = 0.05) -> Any:
+    """Add something of a size to every trainable parameter; returns the model."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.requires_grad:
-                parameter += 0.05 * torch.randn(parameter.shape, generator=generator)
+                parameter += size * torch.randn(parameter.shape, generator=generator)
     return model

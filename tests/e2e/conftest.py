@@ -1,4 +1,4 @@
-"""A small base, data, and the runs that several tests look at: each is started once a session.
+"""A small base, data, and the runs that several tests look at: each is started once.
 
 A world is one launch with a launch file of the project; its jobs run one after another in the same ranks
 (`several_jobs.py`). Everything is fp32 and small, but nothing is even: layers have odd widths and an odd r, so that
@@ -13,7 +13,6 @@ import os
 import random
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -25,6 +24,8 @@ from typing import Any
 
 import pytest
 import yaml
+
+from tests.e2e.places import free_port
 
 ROOT = Path(__file__).parents[2]
 TIMEOUT = 240.0
@@ -510,12 +511,6 @@ def kill_tree(pid: int) -> None:
             continue
 
 
-def free_port() -> int:
-    with socket.socket() as server:
-        server.bind(("127.0.0.1", 0))
-        return int(server.getsockname()[1])
-
-
 def assert_close_relative(found: Sequence[float], wanted: Sequence[float], relative: float) -> None:
     """Every number within a relative difference of its partner."""
     assert len(found) == len(wanted)
@@ -546,13 +541,8 @@ def project(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Project]:
 
 
 @pytest.fixture(autouse=True, scope="module")
-def _without_compiling() -> Iterator[None]:
-    """As in the processes that `Project.start` starts."""
-    from torch._dynamo import config
-
-    former, config.disable = config.disable, True
-    yield
-    config.disable = former
+def _without_compiling(without_compiling: None) -> None:
+    """In every test here."""
 
 
 @pytest.fixture(scope="session")

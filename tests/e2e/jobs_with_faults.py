@@ -9,16 +9,13 @@ exit code and the time.
 
 from __future__ import annotations
 
-import json
 import os
-import sys
-import time
 from collections.abc import Callable
 from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-from several_jobs import run
+from several_jobs import do_jobs_with
 
 
 def fail_at_fifth_read(error: Exception) -> None:
@@ -61,8 +58,13 @@ def remove_files_after_the_start() -> None:
     processes.start = start_and_remove
 
 
-def bring_about(fault: str) -> None:
+def bring_about(job: dict[str, Any], rank: int) -> None:
+    # The launch file names it from the working directory.
+    os.environ["ACCELERATE_DEEPSPEED_CONFIG_FILE"] = os.path.abspath(os.environ["ACCELERATE_DEEPSPEED_CONFIG_FILE"])
+    if job["folder"]:
+        os.chdir(Path(job["folder"]) / str(rank))
     errors: Any = import_module("qlora.errors")
+    fault = job["fault"] if rank == 1 else None
     if fault == "unreadable":
         fail_at_fifth_read(errors.BaseModelError("cannot be read (Input/output error)", place="model.safetensors"))
     elif fault == "bug":
@@ -75,33 +77,5 @@ def bring_about(fault: str) -> None:
         spoil_files(lambda file: file.unlink())
 
 
-def run_with_fault(job: dict[str, Any], rank: int) -> int:
-    """The job's exit code. What is patched is patched in a process of its own, which `run` forks again."""
-    child = os.fork()
-    if child:
-        return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
-    code = 70
-    try:
-        if job["folder"]:
-            os.chdir(Path(job["folder"]) / str(rank))
-        if job["fault"] and rank == 1:
-            bring_about(job["fault"])
-        code = run(job, rank)
-    finally:
-        os._exit(code)
-
-
-def main() -> None:
-    import_module("qlora.train.setup")
-    import_module("qlora.distributed.zero")
-    import_module("transformers.models.llama.modeling_llama")
-    # The launch file names it from the working directory.
-    os.environ["ACCELERATE_DEEPSPEED_CONFIG_FILE"] = os.path.abspath(os.environ["ACCELERATE_DEEPSPEED_CONFIG_FILE"])
-    rank = int(os.environ["RANK"])
-    for job in json.loads(Path(sys.argv[1]).read_text()):
-        code = run_with_fault(job, rank)
-        Path(f"{job['log']}.{rank}.end").write_text(json.dumps([code, time.time()]))
-
-
 if __name__ == "__main__":
-    main()
+    do_jobs_with(bring_about)

@@ -2,25 +2,21 @@
 pauses, at a place of its own.
 
     jobs_with_lost_ranks.py JOBS.json
-    [{"argv": [...], "port": ..., "log": ..., "place": name}, ...]
+    [{"argv": [...], "port": ..., "log": ..., "run_dir": ..., "place": name}, ...]
 
-It leaves LOG.r and LOG.r.end, with the exit code of rank r and the time, and LOG.lost, the time when it happened.
+It leaves LOG.r and LOG.r.end, with the exit code of rank r and the time, and LOG.happened, the time when it happened.
 """
 
 from __future__ import annotations
 
-import json
 import os
 import signal
-import sys
 import time
 from collections.abc import Callable
-from importlib import import_module
-from pathlib import Path
 from typing import Any
 
 from jobs_with_stops import at_call, module
-from several_jobs import run
+from several_jobs import do_jobs_with, note_the_time
 
 
 def at_every_call(owner: Any, name: str, do: Callable[[], None]) -> None:
@@ -40,7 +36,7 @@ def fail() -> None:
 def bring_about(job: dict[str, Any], rank: int) -> None:
     def lost(do: Callable[[], None]) -> Callable[[], None]:
         def note_and_do() -> None:
-            Path(f"{job['log']}.lost").write_text(str(time.time()))
+            note_the_time(job)
             do()
 
         return note_and_do
@@ -71,24 +67,5 @@ def bring_about(job: dict[str, Any], rank: int) -> None:
         at_call(model, "forward", 8, lost(fail))
 
 
-def main() -> None:
-    import_module("qlora.train.setup")
-    import_module("transformers.models.llama.modeling_llama")
-    if os.environ.get("ACCELERATE_USE_DEEPSPEED") == "true":
-        import_module("qlora.distributed.zero")
-    rank = int(os.environ["RANK"])
-    for job in json.loads(Path(sys.argv[1]).read_text()):
-        child = os.fork()
-        if child == 0:
-            code = 70
-            try:
-                bring_about(job, rank)
-                code = run(job, rank)
-            finally:
-                os._exit(code if code >= 0 else 128 - code)
-        code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
-        Path(f"{job['log']}.{rank}.end").write_text(json.dumps([code, time.time()]))
-
-
 if __name__ == "__main__":
-    main()
+    do_jobs_with(bring_about)

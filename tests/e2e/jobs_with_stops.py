@@ -2,25 +2,22 @@
 puts a number that is none into training, at a place of its own.
 
     jobs_with_stops.py JOBS.json
-    [{"argv": [...], "port": ..., "log": ..., "run_dir": ..., "place": name,
-      "prepare": [RUN_DIR, STEP] or null}, ...]
+    [{"argv": [...], "port": ..., "log": ..., "run_dir": ..., "place": name}, ...]
 
-It leaves LOG.r and LOG.r.end, with the exit code of rank r, and LOG.asked, the time of the request.
+It leaves LOG.r and LOG.r.end, with the exit code of rank r and the time, and LOG.happened, the time of the request.
 """
 
 from __future__ import annotations
 
-import json
 import os
 import signal
-import sys
 import time
 from collections.abc import Callable, Iterator
 from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-from several_jobs import cut_back, run
+from several_jobs import cut_back, do_jobs_with, note_the_time
 
 
 def module(name: str) -> Any:
@@ -85,7 +82,7 @@ def spoil(steps: dict[int, str], num_micro_steps: int) -> None:
 def bring_about(job: dict[str, Any], rank: int) -> None:
     def ask(*numbers: int) -> Callable[[], None]:
         def asks() -> None:
-            Path(f"{job['log']}.asked").write_text(str(time.time()))
+            note_the_time(job)
             send(*numbers)
 
         return asks
@@ -97,7 +94,10 @@ def bring_about(job: dict[str, Any], rank: int) -> None:
 
     entry = module("quant.shards").TensorEntry
     place = job["place"]
-    if place == "tokenizing":  # on each rank, as from a launcher: they have not met
+    if place == "resumed" and rank == 0:  # goes on from where the first job was after three steps
+        run_dir = Path(job["run_dir"])
+        cut_back(run_dir.with_name("run0"), run_dir, 3)
+    elif place == "tokenizing":  # on each rank, as from a launcher: they have not met
         at_call(module("data.prepare"), "encode_rows", 1, ask(signal.SIGTERM))
     elif place == "loading" and rank == 1:
         at_call(entry, "read", 3, ask(signal.SIGTERM))
@@ -118,27 +118,5 @@ def bring_about(job: dict[str, Any], rank: int) -> None:
         spoil({2: "nan", 4: "inf", 6: "gradient", 8: "nan", 9: "inf"}, num_micro_steps=2)
 
 
-def main() -> None:
-    import_module("qlora.train.setup")
-    import_module("transformers.models.llama.modeling_llama")
-    if os.environ.get("ACCELERATE_USE_DEEPSPEED") == "true":
-        import_module("qlora.distributed.zero")
-    rank = int(os.environ["RANK"])
-    for job in json.loads(Path(sys.argv[1]).read_text()):
-        if rank == 0 and job["prepare"]:
-            source, step = job["prepare"]
-            cut_back(Path(source), Path(job["run_dir"]), step)
-        child = os.fork()
-        if child == 0:
-            code = 70
-            try:
-                bring_about(job, rank)
-                code = run(job, rank)
-            finally:
-                os._exit(code if code >= 0 else 128 - code)
-        code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
-        Path(f"{job['log']}.{rank}.end").write_text(json.dumps([code, time.time()]))
-
-
 if __name__ == "__main__":
-    main()
+    do_jobs_with(bring_about)

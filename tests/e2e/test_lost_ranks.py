@@ -12,17 +12,18 @@ import signal
 import socket
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from qlora.cli.status import lock_is_held, read_status
+from tests.e2e.places import End, run_places
 
 pytestmark = [pytest.mark.e2e, pytest.mark.long]
 LIMITS = ["train.silent_rank_seconds=5", "train.stalled_rank_seconds=5"]
 SAVES = "checkpoint.every_steps=2"
+SCRIPT = "jobs_with_lost_ranks.py"
 
 
 def rows_of(run_dir: Path) -> list[dict[str, Any]]:
@@ -46,12 +47,6 @@ def rank_of(pid: int) -> int | None:
 def ranks_below(pid: int, descendants: Callable[[int], list[int]]) -> dict[int, int]:
     """The process of each rank that a launcher has started."""
     return {rank: child for child in descendants(pid) if (rank := rank_of(child)) is not None}
-
-
-def free_port() -> int:
-    with socket.socket() as server:
-        server.bind(("127.0.0.1", 0))
-        return int(server.getsockname()[1])
 
 
 @pytest.mark.parametrize(
@@ -132,41 +127,6 @@ def test_a_launcher_that_may_restart_its_ranks_goes_on_to_the_same_adapter(
     assert (run_dir / name).read_bytes() == (whole.run_dir / name).read_bytes()
 
 
-@dataclass(frozen=True)
-class End:
-    """How a job of `jobs_with_lost_ranks.py` ended."""
-
-    run_dir: Path
-    codes: list[int]
-    seconds: float
-    logs: list[str]
-
-    @property
-    def status(self) -> dict[str, Any]:
-        return json.loads((self.run_dir / "status.json").read_text())
-
-
-def run_places(project: Any, folder: Path, config: str, places: dict[str, list[str]]) -> dict[str, End]:
-    """One launch of two ranks that does a job for each place."""
-    jobs: list[dict[str, Any]] = []
-    for number, (place, overrides) in enumerate(places.items()):
-        argv = ["train", str(project.job), f"train.output_dir={folder / f'run{number}'}", SAVES, *LIMITS, *overrides]
-        jobs.append({"argv": argv, "port": free_port(), "log": str(folder / f"log{number}"), "place": place})
-    table, log = folder / "jobs.json", folder / "launch.log"
-    table.write_text(json.dumps(jobs))
-    script = str(Path(__file__).with_name("jobs_with_lost_ranks.py"))
-    launcher = project.start([*project.launch_arguments(config, 2), script, str(table)], log)
-    assert project.wait(launcher, log) == 0, log.read_text()[-3000:]
-    found = {}
-    for number, job in enumerate(jobs):
-        ends = [json.loads(Path(f"{job['log']}.{rank}.end").read_text()) for rank in (0, 1)]
-        lost = Path(f"{job['log']}.lost")
-        seconds = max(end[1] for end in ends) - float(lost.read_text()) if lost.exists() else 0.0
-        logs = [Path(f"{job['log']}.{rank}").read_text(errors="replace") for rank in (0, 1)]
-        found[job["place"]] = End(folder / f"run{number}", [end[0] for end in ends], seconds, logs)
-    return found
-
-
 STEPS = ["train.max_steps=12"]
 PLACES = {
     "hangs": STEPS,
@@ -184,9 +144,7 @@ PLACES = {
 
 @pytest.fixture(scope="module")
 def ends(project: Any, tmp_path_factory: pytest.TempPathFactory) -> dict[str, End]:
-    folder = tmp_path_factory.mktemp("lost")
-    places = {place: [text.format(folder=folder) for text in overrides] for place, overrides in PLACES.items()}
-    return run_places(project, folder, "ddp", places)
+    return run_places(project, tmp_path_factory.mktemp("lost"), "ddp", SCRIPT, PLACES, [SAVES, *LIMITS])
 
 
 def assert_hung(end: End, rank: int, where: str, *, step: int) -> None:
@@ -196,7 +154,7 @@ def assert_hung(end: End, rank: int, where: str, *, step: int) -> None:
     reason = end.status["reason"]
     assert re.match(rf"RankError: rank {rank} \(host \S+, pid \d+\) has not got on for 5 s, and the others wait", reason)
     assert where in reason
-    assert "jobs_with_lost_ranks.py" in reason  # file and line
+    assert SCRIPT in reason  # file and line
     assert "time.sleep(600)" in end.logs[rank]  # and how it came there
     assert "time.sleep(600)" not in end.logs[1 - rank]
     assert (end.status["state"], end.status["exit_code"], end.status["resumable"]) == ("failed", 1, step > 0)
@@ -224,7 +182,7 @@ def test_a_rank_that_hangs_is_named_with_the_place(ends: dict[str, End], place: 
 def test_where_the_base_is_shared_a_rank_that_hangs_is_told_from_those_that_wait(project: Any, tmp_path: Path) -> None:
     """Forward passes gather there: ranks wait at the place at which one hangs, and their own work cannot be told by it."""
     places = {"hangs": STEPS, "main hangs": STEPS, "slow": PLACES["slow"]}
-    ends = run_places(project, tmp_path, "zero3", places)
+    ends = run_places(project, tmp_path, "zero3", SCRIPT, places, [SAVES, *LIMITS])
     assert_hung(ends["hangs"], 1, "step 8, micro-step 1", step=6)
     assert_hung(ends["main hangs"], 0, "step 8, micro-step 1", step=6)
     assert ends["slow"].codes == [0, 0], ends["slow"].logs

@@ -9,7 +9,6 @@ from __future__ import annotations
 import importlib.util
 import json
 import shutil
-import socket
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +18,8 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+
+from tests.e2e.places import free_port
 
 pytestmark = pytest.mark.e2e
 MakeBase = Callable[..., Path]
@@ -213,12 +214,6 @@ def launched(
     process = project.start([*project.launch_arguments("zero3", max(WORLDS)), script, str(plan)], log)
     assert project.wait(process, log) == 0, log.read_text(errors="replace")[-6000:]
     return Launched(out)
-
-
-def free_port() -> int:
-    with socket.socket() as server:
-        server.bind(("127.0.0.1", 0))
-        return int(server.getsockname()[1])
 
 
 # Loading

@@ -9,7 +9,6 @@ import json
 import os
 import re
 import shutil
-import socket
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +17,8 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+
+from tests.e2e.places import free_port, launch
 
 pytestmark = [pytest.mark.e2e, pytest.mark.long]
 SECONDS_TO_END = 20
@@ -179,11 +180,7 @@ def refused(project: Any, base_in_three_files: Path, tmp_path_factory: pytest.Te
                 "fault": fault.on_rank_1,
             }
         )
-    table, log = out / "jobs.json", out / "launch.log"
-    table.write_text(json.dumps(jobs))
-    script = str(Path(__file__).with_name("jobs_with_faults.py"))
-    process = project.start([*project.launch_arguments("zero3", 2), script, str(table)], log)
-    assert project.wait(process, log) == 0, log.read_text()[-4000:]
+    launch(project, out, "zero3", "jobs_with_faults.py", jobs)
     for file in out.rglob("*.safetensors"):  # some are terabytes long to whoever copies this folder
         file.unlink()
     return {name: collect(out / str(number) / "log", out / f"runs/{number}") for number, name in enumerate(FAULTS)}
@@ -195,12 +192,6 @@ def collect(log: Path, run_dir: Path) -> Refused:
     first_error = min(file.stat().st_mtime for file in logs)
     texts = [file.read_text(errors="replace") for file in logs]
     return Refused(run_dir, [code for code, _ in ends], texts, max(time for _, time in ends) - first_error)
-
-
-def free_port() -> int:
-    with socket.socket() as server:
-        server.bind(("127.0.0.1", 0))
-        return int(server.getsockname()[1])
 
 
 @pytest.mark.parametrize("name", MENDABLE)

@@ -6,7 +6,6 @@ import contextlib
 import io
 import json
 import shutil
-import socket
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +17,7 @@ from safetensors.torch import load_file, save_file
 
 import qlora
 from qlora.cli.main import main
+from tests.e2e.places import free_port
 
 pytestmark = [pytest.mark.e2e, pytest.mark.long]
 
@@ -141,10 +141,7 @@ def launch(project: Any, folder: Path, config: str, num_processes: int, jobs: di
     """Do jobs in one launch."""
     table = []
     for name, argv in jobs.items():
-        with socket.socket() as server:
-            server.bind(("127.0.0.1", 0))
-            port = server.getsockname()[1]
-        table.append({"argv": argv, "port": port, "log": str(folder / name), "prepare": None})
+        table.append({"argv": argv, "port": free_port(), "log": str(folder / name), "prepare": None})
     (folder / "jobs.json").write_text(json.dumps(table))
     (folder / "start.py").write_text(START.replace("SCRIPTS", repr(str(Path(__file__).parent))))
     log = folder / "launch.log"

@@ -8,11 +8,9 @@ from __future__ import annotations
 import json
 import os
 import signal
-import socket
 import subprocess
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -20,8 +18,10 @@ import pytest
 
 from qlora.cli.main import main
 from qlora.cli.status import lock_is_held
+from tests.e2e.places import End, run_places
 
 pytestmark = pytest.mark.e2e
+SCRIPT = "jobs_with_stops.py"
 
 
 def rows_of(run_dir: Path) -> list[dict[str, Any]]:
@@ -55,12 +55,6 @@ def is_running(pid: int) -> bool:
 def send(workers: list[int], number: signal.Signals) -> None:
     for worker in workers:
         os.kill(worker, number)
-
-
-def free_port() -> int:
-    with socket.socket() as server:
-        server.bind(("127.0.0.1", 0))
-        return int(server.getsockname()[1])
 
 
 def start(
@@ -154,24 +148,6 @@ def test_a_rank_that_dies_takes_the_others_along(
     assert (run_dir / f"checkpoints/step-{status['step']:08d}/COMMITTED").is_file()
 
 
-@dataclass(frozen=True)
-class End:
-    """How a job of `jobs_with_stops.py` ended."""
-
-    run_dir: Path
-    codes: list[int]
-    seconds: float
-    logs: list[str]
-
-    @property
-    def status(self) -> dict[str, Any]:
-        return json.loads((self.run_dir / "status.json").read_text())
-
-    @property
-    def checkpoints(self) -> list[str]:
-        return sorted(file.parent.name for file in self.run_dir.glob("checkpoints/*/COMMITTED"))
-
-
 PLACES = {
     "tokenizing": ["data.cache_dir={folder}/fresh"],
     "loading": [],
@@ -183,36 +159,9 @@ PLACES = {
 }
 
 
-def run_places(project: Any, folder: Path, config: str, places: dict[str, list[str]]) -> dict[str, End]:
-    """One launch of two ranks that does a job for each place."""
-    jobs: list[dict[str, Any]] = []
-    for number, (place, overrides) in enumerate(places.items()):
-        run_dir = folder / f"run{number}"
-        fill = {"folder": folder, "eval": project.eval}
-        more = [text.format(**fill) for text in overrides]
-        argv = ["train", str(project.job), f"train.output_dir={run_dir}", *more]
-        log = str(folder / f"log{number}")
-        prepare = [jobs[0]["run_dir"], 3] if place == "resumed" else None
-        job = {"argv": argv, "port": free_port(), "log": log, "run_dir": str(run_dir), "place": place, "prepare": prepare}
-        jobs.append(job)
-    table, log = folder / "jobs.json", folder / "launch.log"
-    table.write_text(json.dumps(jobs))
-    script = str(Path(__file__).with_name("jobs_with_stops.py"))
-    launcher = project.start([*project.launch_arguments(config, 2), script, str(table)], log)
-    assert project.wait(launcher, log) == 0, log.read_text()[-3000:]
-    found = {}
-    for job in jobs:
-        ends = [json.loads(Path(f"{job['log']}.{rank}.end").read_text()) for rank in (0, 1)]
-        asked = Path(f"{job['log']}.asked")
-        seconds = max(end[1] for end in ends) - (float(asked.read_text()) if asked.exists() else 0)
-        logs = [Path(f"{job['log']}.{rank}").read_text(errors="replace") for rank in (0, 1)]
-        found[job["place"]] = End(Path(job["run_dir"]), [end[0] for end in ends], seconds, logs)
-    return found
-
-
 @pytest.fixture(scope="module")
 def ends(project: Any, tmp_path_factory: pytest.TempPathFactory) -> dict[str, End]:
-    return run_places(project, tmp_path_factory.mktemp("stops"), "zero3", PLACES)
+    return run_places(project, tmp_path_factory.mktemp("stops"), "zero3", SCRIPT, PLACES)
 
 
 @pytest.mark.parametrize("place", PLACES)
@@ -254,7 +203,7 @@ def test_steps_that_are_not_finite_change_nothing_and_end_the_run_when_they_go_o
     more = [*job, "train.max_steps=12", "train.max_nonfinite_steps=2"]
     six = [*job, "train.max_steps=6"]
     places = {"once": six, "resumed": six, "not finite": more}
-    ends = run_places(project, tmp_path, config, places)
+    ends = run_places(project, tmp_path, config, SCRIPT, places)
     end = ends["not finite"]
     assert end.codes == [2, 2], end.logs
     status = end.status

@@ -9,7 +9,6 @@ from __future__ import annotations
 import ctypes
 import json
 import os
-import socket
 import sys
 import time
 from collections.abc import Callable
@@ -18,6 +17,8 @@ from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
 from typing import Any
+
+from tests.e2e.places import free_port
 
 NO_MOUNTS = 98
 CRASHED = 97
@@ -179,12 +180,6 @@ def two_ranks(work: Callable[[int], int], log: Path) -> list[Ended]:
     with ThreadPoolExecutor(2) as pool:
         codes = list(pool.map(lambda rank: in_child(as_rank(rank), files[rank]), range(2)))
     return [Ended(log.parent, code, file.read_text(errors="replace")) for code, file in zip(codes, files, strict=True)]
-
-
-def free_port() -> int:
-    with socket.socket() as server:
-        server.bind(("127.0.0.1", 0))
-        return int(server.getsockname()[1])
 
 
 def wait_for(file: Path, seconds: float = 60.0) -> None:

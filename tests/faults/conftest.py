@@ -20,13 +20,8 @@ def faults_project(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
 
 
 @pytest.fixture(autouse=True, scope="module")
-def _without_compiling() -> Iterator[None]:
-    """As in the processes that a launch starts."""
-    from torch._dynamo import config
-
-    former, config.disable = config.disable, True
-    yield
-    config.disable = former
+def _without_compiling(without_compiling: None) -> None:
+    """In every test here."""
 
 
 @pytest.fixture(scope="session")

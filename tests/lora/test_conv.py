@@ -18,6 +18,7 @@ from qlora.errors import ConfigError
 from qlora.lora.conv import LoraConv
 from qlora.lora.inject import inject_lora
 from qlora.lora.layer import LoraLayer, merge_adapter, unmerge_adapter
+from tests.adapter.random_values import randomize
 
 # What a convolution can be: each is tried with each variant that it allows.
 BASES: dict[str, tuple[type[nn.Module], dict[str, Any]]] = {
@@ -58,16 +59,8 @@ def make(name: str, dtype: torch.dtype = torch.float64) -> tuple[nn.Sequential, 
 
 def adapt(model: nn.Module, **config: Any) -> LoraConv:
     inject_lora(model, LoraConfig(**({"r": 4, "lora_alpha": 6.0, "target_modules": ["0"]} | config)))
-    randomize(model)
+    randomize(model, size=0.3)
     return model[0]  # type: ignore[index, no-any-return]
-
-
-def randomize(model: nn.Module) -> None:
-    generator = torch.Generator().manual_seed(1)
-    with torch.no_grad():
-        for _, parameter in sorted(model.named_parameters()):
-            if parameter.requires_grad:
-                parameter += 0.3 * torch.randn(parameter.shape, generator=generator)
 
 
 def oracle(layer: LoraConv, x: Tensor, parts: dict[str, Tensor]) -> Tensor:
@@ -169,7 +162,7 @@ def test_peft_reads_what_we_write_and_we_what_it_writes(tmp_path: Path, base: st
 
     options = {"r": 8, "lora_alpha": 5, "target_modules": ["0"]} | VARIANTS[variant]
     theirs = get_peft_model(make(base, torch.float32)[0], peft.LoraConfig(**options))
-    randomize(theirs)
+    randomize(theirs, size=0.3)
     theirs.save_pretrained(tmp_path / "theirs")
     again = make(base, torch.float32)[0]
     load_adapter(again, tmp_path / "theirs")

@@ -24,6 +24,7 @@ from qlora.lora.inject import inject_lora
 from qlora.lora.layer import LoraLayer, merge_adapter, unmerge_adapter
 from qlora.quant.load import load_model
 from qlora.quant.source import resolve_base
+from tests.adapter.random_values import randomize
 
 VOCABULARY, HIDDEN = 11, 6
 IDS = torch.tensor([[3, 0, 10, 3], [7, 1, 1, 2]])
@@ -47,16 +48,8 @@ def make(kind: str, dtype: torch.dtype = torch.float64) -> nn.Sequential:
 
 def adapt(model: nn.Module, **config: Any) -> LoraEmbedding:
     inject_lora(model, LoraConfig(**({"r": 3, "lora_alpha": 6.0, "target_modules": ["0"]} | config)))
-    randomize(model)
+    randomize(model, size=0.3)
     return model[0]  # type: ignore[index, no-any-return]
-
-
-def randomize(model: nn.Module) -> None:
-    generator = torch.Generator().manual_seed(1)
-    with torch.no_grad():
-        for _, parameter in sorted(model.named_parameters()):
-            if parameter.requires_grad:
-                parameter += 0.3 * torch.randn(parameter.shape, generator=generator)
 
 
 def oracle(layer: LoraEmbedding, parts: dict[str, Tensor]) -> Tensor:
@@ -135,7 +128,7 @@ def test_peft_reads_what_we_write_and_we_what_it_writes(tmp_path: Path, kind: st
 
     options = {"r": 4, "lora_alpha": 5, "target_modules": ["0"]} | VARIANTS[variant]
     theirs = get_peft_model(make(kind, torch.float32), peft.LoraConfig(**options))
-    randomize(theirs)
+    randomize(theirs, size=0.3)
     theirs.save_pretrained(tmp_path / "theirs")
     again = make(kind, torch.float32)
     load_adapter(again, tmp_path / "theirs")
@@ -153,7 +146,7 @@ def test_in_a_model_as_in_peft(make_base: MakeBase, tmp_path: Path, name: str, t
         AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32),
         peft.LoraConfig(r=4, target_modules=["q_proj", "embed_tokens"]),
     )
-    randomize(theirs)
+    randomize(theirs, size=0.3)
     theirs.save_pretrained(tmp_path / "theirs")
     ours = load_model(resolve_base(str(folder)), dtype="float32")
     plain = ours(ids).logits

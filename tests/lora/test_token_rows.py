@@ -26,6 +26,7 @@ from qlora.lora.token_rows import TiedTokenRows, TokenRows
 from qlora.objective.train_model import TrainModel
 from qlora.quant.load import load_model
 from qlora.quant.source import resolve_base
+from tests.adapter.random_values import randomize
 
 MakeBase = Callable[..., Path]
 TOKENS = [7, 300, 4]  # in this order, which is not the ids'
@@ -44,14 +45,6 @@ def load_ours(folder: Path, dtype: str = "float32") -> Any:
 
 def load_theirs(folder: Path) -> Any:
     return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
-
-
-def randomize(model: nn.Module) -> None:
-    generator = torch.Generator().manual_seed(1)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.requires_grad:
-                parameter += 0.05 * torch.randn(parameter.shape, generator=generator)
 
 
 def logits(model: nn.Module) -> Tensor:

@@ -68,27 +68,41 @@ def test_an_offer_keeps_nothing_alive_once_its_activation_is_gone() -> None:
     assert gone() is None
 
 
-def layers(x: Tensor, factors: list[tuple[Tensor, Tensor]], weight: Tensor) -> Tensor:
-    return sum((lora_linear(x, lambda: weight, None, A, B, 0.5) for A, B in factors), torch.zeros(()))
+Factors = list[tuple[Tensor, Tensor]]
 
 
-def test_layers_that_eat_it_save_its_input_and_make_it_once() -> None:
+def make_inputs() -> tuple[Tensor, Factors, Tensor]:
+    """An input, A and B of three layers, and the frozen weight beside them."""
     torch.manual_seed(0)
     x = torch.randn(5, 8, dtype=torch.float64, requires_grad=True)
     weight = torch.randn(6, 8, dtype=torch.float64)
     factors = [(torch.randn(2, 8).double().requires_grad_(), torch.randn(6, 2).double().requires_grad_()) for _ in range(3)]
-    wanted = torch.autograd.grad(layers(x * 2, factors, weight).square().sum(), [x, *(f for pair in factors for f in pair)])
+    return x, factors, weight
+
+
+def layers(x: Tensor, factors: Factors, weight: Tensor) -> Tensor:
+    return sum((lora_linear(x, lambda: weight, None, A, B, 0.5) for A, B in factors), torch.zeros(()))
+
+
+def gradients(y: Tensor, x: Tensor, factors: Factors, *, keep: bool = False) -> tuple[Tensor, ...]:
+    """Of the sum of squares with respect to the input, A and B."""
+    return torch.autograd.grad(y.square().sum(), [x, *(f for pair in factors for f in pair)], retain_graph=keep)
+
+
+def test_layers_that_eat_it_save_its_input_and_make_it_once() -> None:
+    x, factors, weight = make_inputs()
+    wanted = gradients(layers(x * 2, factors, weight), x, factors)
 
     saved: list[int] = []
     with torch.autograd.graph.saved_tensors_hooks(lambda t: (saved.append(t.data_ptr()), t)[1], lambda t: t):
         y = layers(doubled(x), factors, weight)
     assert saved == [x.data_ptr()] * 3  # and the product with 2 saves nothing
     assert not calls
-    found = torch.autograd.grad(y.square().sum(), [x, *(f for pair in factors for f in pair)], retain_graph=True)
+    found = gradients(y, x, factors, keep=True)
     assert len(calls) == 1
     torch.testing.assert_close(found, wanted)
     # A graph that is used twice makes it again.
-    again = torch.autograd.grad(y.square().sum(), [x, *(f for pair in factors for f in pair)])
+    again = gradients(y, x, factors)
     assert len(calls) > 1
     torch.testing.assert_close(again, wanted)
 
@@ -96,11 +110,8 @@ def test_layers_that_eat_it_save_its_input_and_make_it_once() -> None:
 def test_recomputation_sees_what_is_saved_instead() -> None:
     from torch.utils.checkpoint import checkpoint
 
-    torch.manual_seed(0)
-    x = torch.randn(5, 8, dtype=torch.float64, requires_grad=True)
-    weight = torch.randn(6, 8, dtype=torch.float64)
-    factors = [(torch.randn(2, 8).double().requires_grad_(), torch.randn(6, 2).double().requires_grad_()) for _ in range(2)]
-    wanted = torch.autograd.grad(layers(x * 2, factors, weight).square().sum(), [x, *(f for pair in factors for f in pair)])
+    x, factors, weight = make_inputs()
+    wanted = gradients(layers(x.sin() * 2, factors, weight), x, factors)
     alive: list[weakref.ref[Tensor]] = []
 
     def block(x: Tensor) -> Tensor:
@@ -108,12 +119,7 @@ def test_recomputation_sees_what_is_saved_instead() -> None:
         alive.append(weakref.ref(inside))
         return layers(doubled(inside), factors, weight) + 0 * x.sum()
 
-    sine = torch.autograd.grad(
-        layers(x.sin() * 2, factors, weight).square().sum(), [x, *(f for pair in factors for f in pair)]
-    )
     y = checkpoint(block, x, use_reentrant=False)
     gc.collect()
     assert alive[0]() is None  # the inside of a block is not kept by what makes an activation again
-    found = torch.autograd.grad(y.square().sum(), [x, *(f for pair in factors for f in pair)])
-    torch.testing.assert_close(found, sine)
-    assert len(wanted) == len(found)
+    torch.testing.assert_close(gradients(y, x, factors), wanted)

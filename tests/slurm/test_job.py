@@ -29,7 +29,7 @@ TWO_NODES = SlurmJob(
     launch="launch/accelerate/zero2.yaml",
     config="job.yaml",
     tasks=(Task(("train.max_steps=3",), "runs/mine"),),
-    workdir="/work dir",
+    workdir="/my dir",
     environment=None,
 )
 KINDS = {
