@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from machine import describe, write_results
+from machine import describe, report
 from peers.quiet import MOST_OTHERS, Others
 
 from qlora.config.schema import QuantizationConfig
@@ -30,14 +30,14 @@ from qlora.quant.source import resolve_base
 
 SPEC = nf4.QuantSpec()
 NUM_WEIGHTS = 1 << 24
-OUR_REPEATS = 4  # in the time that bitsandbytes takes once, a clock tick more or less matters for ours
+OUR_REPEATS = 16  # in the time that bitsandbytes takes once, a clock tick more or less matters for ours
 FEWEST_PAIRS, MOST_TRIES = 5, 2
 HIDDEN, LAYERS, FFN, VOCABULARY = 2048, 4, 5632, 4096
 
 
 @dataclass
 class Pair:
-    """Seconds of the clock and of the processor, for bitsandbytes and for the table, and what others took meanwhile."""
+    """Seconds of the clock and of the processor, for bitsandbytes and for the kernel, and what others took meanwhile."""
 
     theirs: tuple[float, float]
     ours: tuple[float, float]
@@ -45,7 +45,7 @@ class Pair:
 
 
 def bitsandbytes_blocks(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """What `nf4.quantize_blocks` was before."""
+    """What `nf4.quantize_blocks` comes to without a compiler."""
     packed, absmax = torch.ops.bitsandbytes.quantize_4bit.default(weight, SPEC.block_size, SPEC.quant_type, torch.uint8)
     return packed.reshape(-1), absmax.reshape(-1)
 
@@ -78,19 +78,19 @@ def quantize_pair(weight: torch.Tensor, ours_first: bool) -> Pair:
 
 def load_pair(folder: Path, ours_first: bool) -> Pair:
     """Load a base with either, and compare the packed bytes."""
-    quantizer = nf4._table_quantizer(SPEC.quant_type)
+    quantizer = nf4._native_quantizer(SPEC.quant_type)
 
-    def load(by_table: bool) -> Any:
-        quantizer.agrees = by_table  # as with a bitsandbytes that rounds otherwise
+    def load(by_kernel: bool) -> Any:
+        quantizer.is_native = by_kernel  # False: as with a bitsandbytes that rounds otherwise
         try:
             return load_model(resolve_base(str(folder)), quantization=QuantizationConfig(), device="cpu")
         finally:
-            quantizer.agrees = True
+            quantizer.is_native = True
 
     others = Others()
-    took = {by_table: seconds(lambda by_table=by_table: load(by_table)) for by_table in (ours_first, not ours_first)}
+    took = {by_kernel: seconds(lambda by_kernel=by_kernel: load(by_kernel)) for by_kernel in (ours_first, not ours_first)}
     share = others.share()
-    wanted, found = (took[by_table][0].state_dict() for by_table in (False, True))
+    wanted, found = (took[by_kernel][0].state_dict() for by_kernel in (False, True))
     if not all(torch.equal(wanted[name].view(torch.uint8), found[name].view(torch.uint8)) for name in wanted):
         raise SystemExit("the two bases are not the same")
     return Pair(took[False][1], took[True][1], share)
@@ -142,8 +142,10 @@ def main() -> None:
     parser.add_argument("--results", type=Path)
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
+    if not (quantizer := nf4._native_quantizer(SPEC.quant_type)).is_native:
+        raise SystemExit(f"there is nothing to compare: weights are quantized by {quantizer.describe()}")
     lines = [
-        "| | bitsandbytes, G weights/s | by table, G weights/s | ratio, clock | ratio, processor | pairs | others |",
+        "| | bitsandbytes, G weights/s | by the kernel, G weights/s | ratio, clock | ratio, processor | pairs | others |",
         "|---|---|---|---|---|---|---|",
     ]
     for dtype in (torch.bfloat16, torch.float16, torch.float32):
@@ -163,9 +165,8 @@ def main() -> None:
         f"- NF4, blocks of {SPEC.block_size}, pieces of {nf4.CHUNK_ELEMENTS:,}; the bytes of both are equal; files cached",
         f"- {arguments.threads} threads; machine: {describe()}",
     ]
-    print("\n".join(["", *lines]))
-    if arguments.results:
-        write_results(arguments.results, "Quantizing to NF4 on CPUs, against bitsandbytes", __file__, lines)
+    print()
+    report(arguments.results, "Quantizing to NF4 on CPUs, against bitsandbytes", __file__, lines)
 
 
 if __name__ == "__main__":

@@ -41,6 +41,7 @@ def load_base(
     lora: LoraConfig | None = None,
     seed: int = 0,
     adapter: str | Path | None = None,
+    tokenizer: Any = None,
 ) -> tuple[Any, Any]:
     """Load a frozen base, quantized while it is read, and its tokenizer. Rank-local, or with a sharding a collective.
 
@@ -57,6 +58,7 @@ def load_base(
         seed: of what is drawn at random for that.
         adapter: the folder of an adapter that will be loaded, or trained on. Where it started from the base's weights, the
             base is rebuilt as that adapter's is, and so are its new tokens, whatever `lora` says.
+        tokenizer: the base's own, on every rank, where it is open already. A large one takes most of a second to read.
 
     Returns:
         The transformers model, in eval mode with its forward unchanged, and the tokenizer.
@@ -71,7 +73,8 @@ def load_base(
     source = sharding.together(partial(resolve_base, base, revision, allow_pickle=allow_pickle))
     if quantization is not None and sharding.together(partial(read_merged, source.folder)) is not None:
         _warn_of_merged(base)
-    tokenizer = sharding.together(partial(load_tokenizer, str(source.folder)))
+    if tokenizer is None:
+        tokenizer = sharding.together(partial(load_tokenizer, str(source.folder)))
     asked = lora.new_tokens if lora is not None else ()
     new = sharding.together(lambda: add_tokens(tokenizer, tokens_to_add(adapter, asked)))
     recorded = sharding.together(partial(_recorded, adapter)) if adapter is not None else None

@@ -10,6 +10,7 @@ import typer
 from qlora.cli.adapter_folder import require_adapter
 from qlora.cli.failures import DebugOption
 from qlora.cli.job import ConfigArgument, read_job
+from qlora.cli.loading import modules_that_stay
 
 
 def evaluate(
@@ -34,6 +35,7 @@ def evaluate(
     job = read_job(config, overrides, "eval")
     if adapter is not None:
         require_adapter(adapter)
-    from qlora.infer.evaluate import run_evaluate
+    with modules_that_stay():
+        from qlora.infer.evaluate import run_evaluate
 
     run_evaluate(job, adapter, as_json=as_json)

@@ -12,6 +12,7 @@ import typer
 
 from qlora.cli.adapter_folder import require_adapter
 from qlora.cli.failures import DebugOption
+from qlora.cli.loading import modules_that_stay
 from qlora.errors import ConfigError, QloraError
 
 
@@ -53,7 +54,8 @@ def generate(
     asked = _all_prompts(prompt or [], prompts)
     if out is not None and _is_main():
         _refuse_to_overwrite(out)
-    from qlora.infer.generate import run_generate
+    with modules_that_stay():
+        from qlora.infer.generate import run_generate
 
     answers = run_generate(adapter, asked, base=base, system=system, max_new_tokens=max_new_tokens, temperature=temperature)
     if not _is_main():

@@ -8,6 +8,7 @@ import typer
 
 from qlora.cli.failures import DebugOption
 from qlora.cli.job import ConfigArgument, OverridesArgument, read_job
+from qlora.cli.loading import modules_that_stay
 
 
 def train(
@@ -27,7 +28,8 @@ def train(
     accelerate launch --config_file launch/accelerate/zero2.yaml -m qlora train CONFIG
     """
     job = read_job(config, overrides, "train")
-    from qlora.train.setup import run_training
+    with modules_that_stay():
+        from qlora.train.setup import run_training
 
     code = run_training(job, dry_run=dry_run, force=force)
     if code:

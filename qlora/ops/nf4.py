@@ -27,7 +27,7 @@ import torch
 from torch import Tensor
 
 from qlora.errors import BaseModelError
-from qlora.ops.nf4_quantize import TableQuantizer
+from qlora.ops.nf4_quantize import NativeQuantizer
 
 
 def _compile_when_called(function: Any = None, **options: Any) -> Any:
@@ -98,7 +98,7 @@ def quantize_blocks(weight: Tensor, spec: QuantSpec) -> tuple[Tensor, Tensor]:
         packed uint8 ((n+1)//2,), scales fp32 (ceil(n/block_size),).
     """
     if weight.device.type == "cpu":
-        return _table_quantizer(spec.quant_type).quantize(weight.reshape(-1), spec.block_size)
+        return _native_quantizer(spec.quant_type).quantize(weight.reshape(-1), spec.block_size)
     return _quantize_exactly(spec.quant_type, weight.reshape(-1), spec.block_size)
 
 
@@ -109,9 +109,9 @@ def _quantize_exactly(quant_type: str, weight: Tensor, block_size: int) -> tuple
 
 
 @functools.cache
-def _table_quantizer(quant_type: str) -> TableQuantizer:
+def _native_quantizer(quant_type: str) -> NativeQuantizer:
     """The faster way to the same bytes on CPUs."""
-    return TableQuantizer(four_bit_code(quant_type, torch.device("cpu")), functools.partial(_quantize_exactly, quant_type))
+    return NativeQuantizer(four_bit_code(quant_type, torch.device("cpu")), functools.partial(_quantize_exactly, quant_type))
 
 
 def pack_statistics(absmax: Tensor, spec: QuantSpec) -> Tensor:

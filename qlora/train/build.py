@@ -37,13 +37,14 @@ def check_device(config: JobConfig, runtime: Runtime) -> None:
 
 
 def build_model(
-    config: JobConfig, runtime: Runtime, *, force: bool = False, resumed: Path | None = None
+    config: JobConfig, runtime: Runtime, *, force: bool = False, resumed: Path | None = None, tokenizer: Any = None
 ) -> tuple[Any, TrainModel, LoraReport]:
     """The base with its LoRA layers, and the module that is to be prepared. Collective.
 
     Args:
         force: load a base that the free memory does not seem to hold.
         resumed: the checkpoint that is gone on from, whose base is rebuilt where its start changed the base.
+        tokenizer: the base's, where it is open already.
     """
     model, _ = load_base(
         config.model.base,
@@ -58,6 +59,8 @@ def build_model(
         lora=config.lora,
         seed=config.train.seed,
         adapter=resumed,
+        # Tokens are added to one as it came.
+        tokenizer=None if config.lora.new_tokens or resumed is not None else tokenizer,
     )
     if config.data.chat_template is not None:
         model.qlora_chat_template = Path(config.data.chat_template).read_text(encoding="utf-8")

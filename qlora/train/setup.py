@@ -183,7 +183,7 @@ def _train(
     )
     resumed = found.folder if found is not None else None
     runtime.tick("loading the base")
-    model, train_model, report = build_model(config, runtime, force=force, resumed=resumed)
+    model, train_model, report = build_model(config, runtime, force=force, resumed=resumed, tokenizer=data.tokenizer)
     stop_here(runtime)
     if found is None:  # otherwise it was asked before the base was loaded
         runtime.from_main(lambda: room.check_disk(folder, room.checkpoint_bytes(model), force=force))
@@ -209,7 +209,7 @@ def _train(
         for aside in set_aside_after(folder, trainer.step if is_own else -1):
             print(f"warning: the run does not go on from this checkpoint, which is now {aside}", file=sys.stderr, flush=True)
         tidy(folder, config.checkpoint.keep_last)
-        run_dir.write_config(dump_config(config, state.stack_versions()))
+        run_dir.write_config(dump_config(config, identity.versions))
         run_dir.write_status("running", trainer.step, num_steps=num_steps, num_skipped=trainer.num_skipped)
 
     runtime.from_main(lambda: write_start(run_dir) if run_dir is not None else None)
