@@ -16,6 +16,7 @@ from typing import Any
 import deepspeed
 import torch
 from deepspeed.runtime.zero.parameter_offload import FWD_MODULE_STACK
+from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus
 from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state, set_z3_leaf_modules
 from torch import Tensor, nn
 
@@ -26,6 +27,9 @@ from qlora.distributed.offload import device_of
 from qlora.distributed.saved import without_gathered_weights
 from qlora.distributed.sharding import Sharding, Together
 from qlora.distributed.zero_config import without_training
+
+# What stays whole on every rank is gathered after a step by so many elements at once; twice their bytes for a moment.
+RESIDENT_BUCKET = 50_000_000
 
 
 def prepare_environment() -> None:
@@ -149,8 +153,7 @@ class ZeroEngine:
         # Stages 1 and 2 skip a gradient that is not finite, but where adapters are bfloat16 only when told (0.19.8).
         if hasattr(model.optimizer, "check_grad_overflow"):
             model.optimizer.check_grad_overflow = model.optimizer.dtype == torch.bfloat16
-        if self._is_sharded:
-            _keep_resident(model.optimizer)
+        self._resident = _keep_resident(model.optimizer) if self._is_sharded else []
 
     @contextmanager
     def micro_step(self, *, last: bool) -> Iterator[None]:
@@ -169,6 +172,7 @@ class ZeroEngine:
         for group in self.model.optimizer.param_groups:
             group["lr"] = learning_rate * group.get("lr_ratio", 1.0)
         self.model.step()
+        _gather_resident(self._resident)
         norm = float(self.model.get_global_grad_norm())
         # DeepSpeed says infinite, or -1, of a norm that is not finite, and has skipped the update then (0.19.8).
         return torch.tensor(norm if norm >= 0 else float("nan"))
@@ -231,11 +235,14 @@ def _link_state(zero: Any) -> None:
         link()
 
 
-def _keep_resident(optimizer: Any) -> None:
+def _keep_resident(optimizer: Any) -> list[Any]:
     """Keep what is small and hardly grows with the base whole on every rank, where DeepSpeed goes by size alone.
 
     Norms and biases stay, whose gathers would cost more than they weigh, and then what trains, as far as the budget goes.
     The scales of 4-bit weights do not: they are a 64th of the base.
+
+    Returns:
+        What stays. Gathering it again after a step is left to `_gather_resident`.
     """
     offload = getattr(optimizer, "parameter_offload", optimizer)
     limit, budget = offload.param_numel_persistence_threshold, offload.model_persistence_threshold
@@ -249,7 +256,24 @@ def _keep_resident(optimizer: Any) -> None:
             budget -= parameter.ds_numel
             parameter.ds_persist = True
             chosen.append(parameter)
-    offload.persistent_parameters = optimizer.persistent_parameters = chosen
+    offload.persistent_parameters = chosen
+    optimizer.persistent_parameters = []
+    return chosen
+
+
+def _gather_resident(parameters: list[Any]) -> None:
+    """Make whole again what a step has cut. Collective.
+
+    DeepSpeed 0.19.8 would do it by one collective for every parameter, two for each adapted layer and one for each norm.
+    """
+    waiting = [p for p in parameters if p.ds_status == ZeroParamStatus.NOT_AVAILABLE]
+    while waiting:
+        together, num_elements = 0, 0
+        while together < len(waiting) and (not together or num_elements + waiting[together].ds_numel <= RESIDENT_BUCKET):
+            num_elements += waiting[together].ds_numel
+            together += 1
+        waiting[0].all_gather_coalesced(waiting[:together]).wait()
+        del waiting[:together]
 
 
 def _set_share(parameter: nn.Parameter, key: str | None, whole: Tensor) -> None:
