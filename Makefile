@@ -51,7 +51,7 @@ test-long: venv
 test-gpu: venv
 	$(BIN)/python -m pytest -m gpu tests/gpu
 
-# 81 pairs, minutes. Of them `make test` takes one run through all places.
+# 81 pairs, minutes. Of them `make test-long` takes one run through all places.
 test-elastic: venv
 	QLORA_TEST_ELASTIC=1 $(BIN)/python -m pytest tests/e2e/test_elastic.py -k every_place
 

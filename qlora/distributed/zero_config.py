@@ -29,6 +29,14 @@ STAGE3 = {
 }
 
 
+# What DeepSpeed would do to the base at stage 3 beyond cutting it, and why it cannot (0.19.8).
+REFUSED_OF_A_SHARED_BASE = {
+    "zero_hpz_partition_size": "a copy inside each node would be cut from weights of which a rank reads its share alone",
+    "zero_quantized_weights": "it would quantize packed 4-bit weights once more",
+    "zero_quantized_nontrainable_weights": "it would quantize packed 4-bit weights once more",
+}
+
+
 def fill_config(
     plugin: Any,
     *,
@@ -45,8 +53,8 @@ def fill_config(
         trains: False puts them over what the JSON says: where nothing is trained they mean nothing.
 
     Raises:
-        LaunchError: the JSON states a number that contradicts the job file, turns on a dtype mode, or offloads what cannot
-            be offloaded.
+        LaunchError: the JSON states a number that contradicts the job file, turns on a dtype mode, copies or quantizes a
+            base in shares, or offloads what cannot be offloaded.
     """
     config = plugin.deepspeed_config
     zero = config["zero_optimization"]
@@ -59,6 +67,11 @@ def fill_config(
                 place="DeepSpeed JSON",
                 next_step=f"remove {mode}: the job file's model.dtype decides",
             )
+    for key, why in REFUSED_OF_A_SHARED_BASE.items():
+        if zero["stage"] == 3 and int(zero.get(key, 0)) > (key == "zero_hpz_partition_size"):
+            raise LaunchError(
+                why, place="DeepSpeed JSON", found=f"{key}: {zero[key]}", next_step=f"remove {key}"
+            )  # fmt: skip
     values: dict[str, float] = {
         "train_micro_batch_size_per_gpu": micro_batch_size,
         "gradient_accumulation_steps": gradient_accumulation_steps,

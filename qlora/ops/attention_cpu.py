@@ -83,7 +83,8 @@ class _Tile:
 
 def _tiles(num_pairs: int, num_shared: int, length: int, window: int | None) -> Iterator[_Tile]:
     """Tiles that cover a group: runs of queries of as many pairs as fit."""
-    most = min(length, max(FEWEST_QUERIES, -(-length // FEWEST_PARTS)))
+    wanted = -(-length // FEWEST_PARTS) if window is None else min(-(-length // FEWEST_PARTS), window // 2)
+    most = min(length, max(FEWEST_QUERIES, wanted))
     few = min(most, FEWEST_QUERIES)
     together = max(
         TILE_ELEMENTS // (num_shared * most * length),
@@ -95,8 +96,9 @@ def _tiles(num_pairs: int, num_shared: int, length: int, window: int | None) -> 
         first = 0
         while first < length:
             first_key = 0 if window is None else max(0, first - window + 1)
-            # The more keys are seen, the fewer queries fit.
-            fitting = TILE_ELEMENTS // ((pairs.stop - pair) * num_shared * (first - first_key + few))
+            # The more keys are seen before them, the fewer queries fit: r (seen + r) scores a head.
+            seen, room = first - first_key, TILE_ELEMENTS // ((pairs.stop - pair) * num_shared)
+            fitting = (math.isqrt(seen**2 + 4 * room) - seen) // 2
             last = min(length, first + min(most, max(few, fitting)))
             yield _Tile(pairs, first, last, first_key)
             first = last
@@ -133,8 +135,9 @@ class _Scores:
     """
 
     def __init__(self, q_BGLd: Tensor, k_BLd: Tensor, layout: DocumentLayout, scaling: float, window: int | None) -> None:
-        self._layout, self._window = layout, window
         num_pairs, self._num_shared, length, _ = q_BGLd.shape
+        # One that no document of the group reaches hides nothing.
+        self._layout, self._window = layout, None if window is None or window >= length else window
         dtype = q_BGLd.dtype
         self.is_wide = dtype == torch.promote_types(dtype, torch.float32)
         # A power of two changes no digit, and so goes with the keys instead of over all scores.
@@ -144,7 +147,7 @@ class _Scores:
         self._keys_more = None
         if not self.is_wide:
             self._keys_more = torch.cat([self.keys_BLd, k_BLd.new_ones(num_pairs, length, 1)], 2)
-        self.tiles = list(_tiles(num_pairs, self._num_shared, length, window))
+        self.tiles = list(_tiles(num_pairs, self._num_shared, length, self._window))
         most = max(math.prod(tile.shape(self._num_shared)) for tile in self.tiles)
         self._scratch = buffers(2, (1, most), dtype, torch.device("cpu"))
 
@@ -209,11 +212,14 @@ def _backward_group(
     dk_BLd, dv_BLe = (
         torch.zeros_like(t, dtype=torch.promote_types(dtype, torch.float32)) if in_parts else t for t in (dk, dv)
     )
+    # What all values of a document have in common is in all of a row of dP, and falls out of dS. It is taken off before
+    # dP and P are rounded, or what they lose of it would weigh as much as what they differ by.
+    centred_BLe = v_BLe if scores.is_wide else v_BLe - v_BLe.mean(1, keepdim=True)
     for tile in scores.tiles:
         first, second = scores.scratch(tile)
         q_Brd, do_Bre = _rows(q_BGLd, tile), _rows(do_BGLe, tile)
-        keys_Bcd, values_Bce = scores.keys_BLd[tile.keys].contiguous(), v_BLe[tile.keys].contiguous()
-        weights = scores.weights(tile, q_Brd, _rows(top_BGL1, tile), first, second)
+        keys_Bcd, values_Bce = scores.keys_BLd[tile.keys].contiguous(), centred_BLe[tile.keys].contiguous()
+        weights = scores.weights(tile, q_Brd, _rows(top_BGL1, tile).to(dtype), first, second)
         if in_parts:
             dv_BLe[tile.keys] += torch.bmm(weights.transpose(1, 2), do_Bre)
         else:
@@ -287,7 +293,7 @@ class _DocumentAttention(torch.autograd.Function):
         num_heads, num_kv_heads = query.shape[1], key.shape[1]
         groups = _Groups(layout.heads(num_heads, num_kv_heads))
         out, outs = groups.empty(num_heads, value.shape[-1], value.dtype, shared=False)
-        top, tops = groups.empty(num_heads, 1, value.dtype, shared=False)
+        top, tops = groups.empty(num_heads, 1, torch.promote_types(value.dtype, torch.float32), shared=False)
         inputs = (groups.cut(query, shared=False), groups.cut(key, shared=True), groups.cut(value, shared=True))
         for q, k, v, own_out, own_top in zip(*inputs, outs, tops, strict=True):
             _forward_group(q, k, v, own_out, own_top, layout, scaling, window)

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus
 from torch import nn
 
 from qlora.distributed import zero
@@ -25,3 +26,31 @@ def test_minus_one_is_no_gradient_norm(said: Any, wanted: float) -> None:
     norm = zero.ZeroEngine(model, {}).step(0.25)
     assert norm.item() == pytest.approx(wanted, nan_ok=True)
     assert model.optimizer.param_groups == [{"lr": 0.25}]
+
+
+def test_what_a_step_has_cut_is_gathered_by_few_collectives(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Together as many as a bucket holds, in one order on all ranks, and nothing that is whole, as after a skipped step."""
+    monkeypatch.setattr(zero, "RESIDENT_BUCKET", 100)
+    calls: list[list[int]] = []
+
+    class Parameter:
+        ds_status = ZeroParamStatus.NOT_AVAILABLE
+
+        def __init__(self, ds_numel: int) -> None:
+            self.ds_numel = ds_numel
+
+        def all_gather_coalesced(self, together: list[Any]) -> Any:
+            calls.append([p.ds_numel for p in together])
+
+            def wait() -> None:
+                for parameter in together:
+                    parameter.ds_status = ZeroParamStatus.AVAILABLE
+
+            return SimpleNamespace(wait=wait)
+
+    parameters = [Parameter(n) for n in (60, 40, 1, 150, 30, 30)]
+    parameters[4].ds_status = ZeroParamStatus.AVAILABLE
+    zero._gather_resident(parameters)
+    assert calls == [[60, 40], [1], [150], [30]]
+    zero._gather_resident(parameters)
+    assert len(calls) == 4

@@ -61,3 +61,13 @@ def test_modes_that_cast_adapters_are_refused(mode: str) -> None:
     with pytest.raises(LaunchError, match=f"{mode}.enabled would cast the adapters"):
         fill({"zero_optimization": {"stage": 2}, mode: {"enabled": True}})
     assert fill({"zero_optimization": {"stage": 2}, mode: {"enabled": False}}) == 2
+
+
+@pytest.mark.parametrize(
+    ("key", "stated"),
+    [("zero_hpz_partition_size", 8), ("zero_quantized_weights", True), ("zero_quantized_nontrainable_weights", True)],
+)
+def test_copies_of_a_shared_base_that_would_be_wrong_are_refused(key: str, stated: int) -> None:
+    with pytest.raises(LaunchError, match=r"4-bit weights once more|reads its share alone"):
+        fill({"zero_optimization": {"stage": 3, key: stated}})
+    assert fill({"zero_optimization": {"stage": 3, "zero_hpz_partition_size": 1, "zero_quantized_weights": False}}) == 3

@@ -4,7 +4,7 @@ The job file is the same at every place, so that with other ranks it would make 
 checkpoint is kept, and the run says how. The oracle is the run that was never stopped: on the same ranks and stage to the
 last bit, elsewhere the one on one process, within what another order of fp32 sums costs.
 
-`make test` takes one run through all places; `make test-elastic` every pair of them.
+`make test-long` takes one run through all places; `make test-elastic` every pair of them.
 """
 
 from __future__ import annotations
@@ -35,6 +35,7 @@ KEPT = {
 }
 
 
+@pytest.mark.long
 def test_one_run_through_all_places(project: Any, close_relative: Callable[..., None]) -> None:
     """8 packs a step, which three ranks cannot share evenly; every third step is the one pack that ends an epoch."""
     whole = project.result("single.ten")
@@ -50,12 +51,14 @@ def test_one_run_through_all_places(project: Any, close_relative: Callable[..., 
         before = place
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("place", ["sharded", "four", "zero2_offload"])
 def test_on_the_same_ranks_it_is_the_same_run_to_the_last_bit(project: Any, place: str) -> None:
     """As in test_resume.py, where really everything is shared out, on more ranks, and with offloaded state at stage 2."""
     is_the_same_run(project.result(f"{place}.whole_resumed"), project.result(f"{place}.whole"))
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("place", ["zero2", "zero3", "zero2_offload"])
 def test_so_it_is_with_adapters_in_bf16(project: Any, place: str) -> None:
     """What an update adds to is an fp32 copy; the bf16 values alone would lose what they have no bits for."""
@@ -64,6 +67,7 @@ def test_so_it_is_with_adapters_in_bf16(project: Any, place: str) -> None:
     is_the_same_run(resumed, whole)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("place", ["again", "zero3_offload"])
 def test_adapters_in_bf16_go_on_elsewhere(project: Any, close_relative: Callable[..., None], place: str) -> None:
     """Not within 1e-4: where rounding to bf16 falls to the other side, a weight differs by 1/256 of itself."""

@@ -194,6 +194,7 @@ def test_a_stop_is_honoured_wherever_the_run_is(ends: dict[str, End], place: str
         assert {file.suffix for file in (end.run_dir.parent / "fresh").iterdir()} <= {".lock"}
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("config", ["ddp", "zero3"])
 def test_steps_that_are_not_finite_change_nothing_and_end_the_run_when_they_go_on(
     project: Any, tmp_path: Path, config: str

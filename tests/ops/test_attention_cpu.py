@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 from torch import Tensor
@@ -78,10 +80,10 @@ def test_heads_and_widths(heads: int, kv_heads: int, widths: tuple[int, int]) ->
 
 
 @pytest.mark.parametrize(("size", "scaling"), [(1.0, SCALING), (6.0, SCALING), (6.0, POWER_OF_TWO)])
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.bfloat16, 2**-7), (torch.float16, 2**-9)], ids=str)
 @pytest.mark.parametrize("lengths", LENGTHS.values(), ids=LENGTHS)
 def test_half_precision_is_within_the_rounding_of_its_inputs(
-    lengths: list[int], dtype: torch.dtype, size: float, scaling: float
+    lengths: list[int], dtype: torch.dtype, tolerance: float, size: float, scaling: float
 ) -> None:
     """Also where scores reach hundreds, of which bf16 alone keeps no digit behind the point."""
     qkv = make_qkv(sum(lengths), dtype, widths=(32, 32))
@@ -94,7 +96,7 @@ def test_half_precision_is_within_the_rounding_of_its_inputs(
     wanted = torch.autograd.grad(want, inputs, direction.double())
     for own, oracle in zip((found, *gradients), (want, *wanted), strict=True):
         assert own.dtype == dtype
-        assert (own.double() - oracle).norm() < torch.finfo(dtype).eps * oracle.norm()
+        assert (own.double() - oracle).norm() < tolerance * oracle.norm()
 
 
 @pytest.mark.parametrize("lengths", LENGTHS.values(), ids=LENGTHS)
@@ -137,3 +139,32 @@ def test_a_number_that_is_none_is_not_hidden() -> None:
     assert found[0, 1, 15].isnan().all()
     assert not found[0, :, :12].isnan().any()
     assert torch.autograd.grad(found.sum(), qkv)[1].isnan().any()
+
+
+@pytest.mark.parametrize("lengths", LENGTHS.values(), ids=LENGTHS)
+def test_what_values_have_in_common_is_in_no_gradient_of_scores(lengths: list[int]) -> None:
+    """In exact arithmetic it adds nothing to dS; weights in bf16 do not quite add up to one, and would let some through."""
+    qkv = make_qkv(sum(lengths), torch.bfloat16, widths=(32, 32))
+    qkv[2] = (qkv[2].detach() + 16).requires_grad_()
+    inputs, want = reference(qkv, lengths)
+    found = attention_on_cpu(*qkv, DocumentLayout.from_lengths(lengths), SCALING)
+    direction = torch.ones_like(want)  # all of it along what they have in common
+    own, oracle = (torch.autograd.grad(out, qk[:2], direction.to(out.dtype)) for out, qk in ((found, qkv), (want, inputs)))
+    for mine, true in zip(own, oracle, strict=True):
+        assert (mine.double() - true).norm() < 2**-5 * true.norm()
+
+
+@pytest.mark.parametrize("window", [None, 64, 512, 4096])
+@pytest.mark.parametrize("length", [40, 700, 8192, 131_072])
+@pytest.mark.parametrize("num_shared", [1, 4, 16])
+def test_tiles_cover_what_is_seen_once_and_are_no_larger_than_said(length: int, num_shared: int, window: int | None) -> None:
+    num_pairs = 5
+    tiles = list(attention_cpu._tiles(num_pairs, num_shared, length, window))
+    for tile in tiles:
+        is_small = tile.last - tile.first <= attention_cpu.FEWEST_QUERIES
+        assert is_small or math.prod(tile.shape(num_shared)) <= attention_cpu.TILE_ELEMENTS
+        assert tile.first_key == (0 if window is None else max(0, tile.first - window + 1))
+    for pair in range(num_pairs):
+        own = [tile for tile in tiles if tile.pairs.start <= pair < tile.pairs.stop]
+        assert [tile.first for tile in own] == [0, *(tile.last for tile in own[:-1])]
+        assert own[-1].last == length

@@ -70,6 +70,18 @@ def test_it_is_compiled_once_and_kept(cache: Path) -> None:
 
 
 @pytest.mark.usefixtures("compiler")
+def test_it_is_kept_where_new_files_are_a_groups_to_write(cache: Path) -> None:
+    """As on systems that give every user a group."""
+    before = os.umask(0o002)
+    try:
+        first = place_of(build.load(NAME))
+    finally:
+        os.umask(before)
+    assert first.parent == cache
+    assert {folder.stat().st_mode & 0o777 for folder in (cache, cache.parent, cache.parent.parent)} == {0o700}
+
+
+@pytest.mark.usefixtures("compiler")
 def test_another_cpu_or_compiler_has_a_file_of_its_own(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     places = [place_of(build.load(NAME))]
     with monkeypatch.context() as changed:

@@ -67,7 +67,7 @@ def load(name: str) -> Loaded:
         try:
             return Loaded(_from_cache(source, compiler, file_name))
         except (OSError, RuntimeError):  # no home, or not one to be written to or trusted
-            with tempfile.TemporaryDirectory(prefix="qlora-native-") as folder:
+            with tempfile.TemporaryDirectory(prefix="qlora-native-", ignore_cleanup_errors=True) as folder:
                 return Loaded(_build(source, compiler, Path(folder), file_name))
     except (_CannotCompileError, OSError) as error:
         return Loaded(None, f"{shlex.join(compiler)}: {error}")
@@ -124,7 +124,7 @@ def _from_cache(source: Path, compiler: list[str], file_name: str) -> ctypes.CDL
     """Load from the user's cache, compiling where it is not there. Raises OSError where the cache is no good."""
     base = os.environ.get("XDG_CACHE_HOME", "")
     folder = (Path(base) if os.path.isabs(base) else Path.home() / ".cache") / "qlora" / "native"
-    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    _make_private(folder)
     folder = folder.resolve()
     _check_own(folder)
     for above in folder.parents:
@@ -155,6 +155,12 @@ def _build(source: Path, compiler: list[str], folder: Path, file_name: str) -> c
         made.chmod(0o700)
         made.replace(folder / file_name)
     return ctypes.CDLL(str(folder / file_name))
+
+
+def _make_private(folder: Path) -> None:
+    """Make a folder and those missing above it for the user alone, whatever the umask."""
+    for missing in reversed([f for f in (folder, *folder.parents) if not f.exists()]):
+        missing.mkdir(mode=0o700, exist_ok=True)
 
 
 def _check_own(path: Path) -> None:
