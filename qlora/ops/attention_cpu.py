@@ -2,7 +2,7 @@
 backward, so that queries, keys, values and one number a query are all that is kept.
 
 torch's fused kernel computes bf16 at the speed of fp32 on CPUs, and far slower than that for short documents. Here products
-are batched over documents and heads in the input's dtype, which CPUs with bf16 products compute three times as fast, and a
+are batched over documents and heads in the input's dtype, which CPUs with bf16 products compute much faster, and a
 tile of scores stays in the cache. Query heads that share a key head are rows of one product, so keys and values are never
 repeated. Above the diagonal nothing is computed but what falls into a tile.
 
@@ -29,7 +29,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from qlora.ops.documents import DocumentLayout, Heads
+from qlora.ops.documents import DocumentLayout
+from qlora.ops.head_groups import HeadGroups
 from qlora.ops.scratch import buffers
 
 # Scores of a tile.
@@ -239,59 +240,13 @@ def _backward_group(
         dv.copy_(dv_BLe)
 
 
-class _Groups:
-    """Tensors cut into groups: (1, H, T, d) outside is (B, G, L, d) a group, or (B, L, d) where heads are shared."""
-
-    def __init__(self, heads: Heads) -> None:
-        self.heads = heads
-
-    def cut(self, x_1HTd: Tensor, *, shared: bool, padding_is_zero: bool = False) -> list[Tensor]:
-        """The groups' own tensors."""
-        heads, num_heads = self.heads, x_1HTd.shape[1]
-        if heads.is_one:
-            return [self._view(x_1HTd[0], shared).contiguous()]
-        rows = x_1HTd.transpose(1, 2).reshape(-1, x_1HTd.shape[-1])
-        flat = rows.index_select(0, heads.source_kv if shared else heads.source_q)
-        if padding_is_zero and len(heads.padding_q):
-            flat.index_fill_(0, heads.padding_q, 0)
-        return self._groups(flat, num_heads, shared)
-
-    def empty(self, num_heads: int, width: int, dtype: torch.dtype, *, shared: bool) -> tuple[Tensor, list[Tensor]]:
-        """A tensor to be written group by group, and its groups' views."""
-        heads = self.heads
-        if heads.is_one:
-            row = torch.empty((heads.num_tokens, num_heads, width), dtype=dtype)
-            return row, [self._view(row.transpose(0, 1), shared)]
-        flat = torch.empty((heads.num_places * num_heads, width), dtype=dtype)
-        return flat, self._groups(flat, num_heads, shared)
-
-    def join(self, flat: Tensor, num_heads: int, *, shared: bool) -> Tensor:
-        """What `empty` gave, when it is written, as (1, H, T, d) that lies in memory as (1, T, H, d) does."""
-        heads = self.heads
-        if not heads.is_one:
-            flat = flat.index_select(0, heads.place_kv if shared else heads.place_q).unflatten(0, (-1, num_heads))
-        return flat.unsqueeze(0).transpose(1, 2)
-
-    def _view(self, x_HTd: Tensor, shared: bool) -> Tensor:
-        return x_HTd if shared else x_HTd.unflatten(0, (self.heads.num_kv_heads, -1))
-
-    def _groups(self, flat: Tensor, num_heads: int, shared: bool) -> list[Tensor]:
-        parts, start = [], 0
-        for num_documents, length in self.heads.shapes:
-            part = flat[start : start + num_documents * length * num_heads]
-            start += len(part)
-            num_pairs = num_documents * self.heads.num_kv_heads
-            parts.append(part.view(num_pairs, length, -1) if shared else part.view(num_pairs, -1, length, part.shape[1]))
-        return parts
-
-
 class _DocumentAttention(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any, query: Tensor, key: Tensor, value: Tensor, layout: DocumentLayout, scaling: float, window: int | None
     ) -> Tensor:
         num_heads, num_kv_heads = query.shape[1], key.shape[1]
-        groups = _Groups(layout.heads(num_heads, num_kv_heads))
+        groups = HeadGroups(layout.heads(num_heads, num_kv_heads))
         out, outs = groups.empty(num_heads, value.shape[-1], value.dtype, shared=False)
         top, tops = groups.empty(num_heads, 1, torch.promote_types(value.dtype, torch.float32), shared=False)
         inputs = (groups.cut(query, shared=False), groups.cut(key, shared=True), groups.cut(value, shared=True))
@@ -306,8 +261,8 @@ class _DocumentAttention(torch.autograd.Function):
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
         query, key, value, top = ctx.saved_tensors
         num_heads, num_kv_heads = query.shape[1], key.shape[1]
-        groups = _Groups(ctx.layout.heads(num_heads, num_kv_heads))
-        tops = [groups._view(top.transpose(0, 1), False)] if groups.heads.is_one else groups._groups(top, num_heads, False)
+        groups = HeadGroups(ctx.layout.heads(num_heads, num_kv_heads))
+        tops = groups.views(top, num_heads, shared=False)
         inputs = (groups.cut(query, shared=False), groups.cut(key, shared=True), groups.cut(value, shared=True))
         directions = groups.cut(grad_outputs[0].to(value.dtype), shared=False, padding_is_zero=True)
         sizes = ((num_heads, query, False), (num_kv_heads, key, True), (num_kv_heads, value, True))
