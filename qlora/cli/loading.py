@@ -1,7 +1,7 @@
 """Importing what does the work, without looking for garbage meanwhile.
 
 Torch and transformers are thousands of modules and some hundred thousand objects, all of which stay. Python's collector goes
-through them again and again while they are made, and finds nothing: about a fifth of the time that importing takes.
+through them again and again while they are made, and finds nothing.
 """
 
 from __future__ import annotations

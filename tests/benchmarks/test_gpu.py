@@ -56,7 +56,7 @@ def test_every_part_runs(tmp_path: Path) -> None:
 
 @pytest.mark.long
 def test_parts_and_peers_in_processes_of_their_own(tmp_path: Path) -> None:
-    pytest.importorskip("trl")
+    pytest.importorskip("trl", reason="the bench extra installs it")
     done = run(*TINY, "--pairs", "1", "--results", str(tmp_path))
     assert done.returncode == 0, done.stderr[-3000:]
     (file,) = tmp_path.glob("*.json")
