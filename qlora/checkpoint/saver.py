@@ -138,9 +138,10 @@ class _Told:
 def whole_optimizer_state(engine: Engine, parameters: dict[str, nn.Parameter], *, keep: bool) -> dict[str, Tensor]:
     """`KEY/exp_avg` and the like for each tensor of the adapter, on the CPU. Collective; {} where not kept."""
     names = {id(parameter): name for name, parameter in engine.parameters.items()}
+    keys = {names[id(parameter)]: key for key, parameter in parameters.items()}
     found: dict[str, Tensor] = {}
-    for key, parameter in parameters.items():
-        for part, value in engine.optimizer_state(names[id(parameter)]).items():
-            if keep:
-                found[f"{key}/{part}"] = value.detach().to("cpu", copy=True).contiguous()
+    for name, values in engine.optimizer_states(keys):
+        if keep:
+            own = {f"{keys[name]}/{part}": value for part, value in values.items()}
+            found |= {key: value.detach().to("cpu", copy=True).contiguous() for key, value in own.items()}
     return found

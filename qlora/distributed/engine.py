@@ -5,7 +5,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Protocol
 
@@ -45,10 +45,11 @@ class Engine(Protocol):
             learning_rate: of this step; a parameter group with an `lr_ratio` takes it times that.
         """
 
-    def optimizer_state(self, name: str) -> dict[str, Tensor]:
-        """The whole optimizer state of one trainable parameter, on every rank; {} before the first step.
+    def optimizer_states(self, names: Iterable[str]) -> Iterator[tuple[str, dict[str, Tensor]]]:
+        """The whole optimizer state of trainable parameters, one by one, on every rank; of those alone that have one.
 
-        Where the parameter is not fp32, with its fp32 copy that the optimizer updates, under `MASTER`.
+        None has before the first step. Where a parameter is not fp32, with its fp32 copy that the optimizer updates, under
+        `MASTER`. A state is to be copied before the next step, or the next state, is asked for.
         """
 
     def load_optimizer_state(self, states: dict[str, dict[str, Tensor]], step: int) -> None:
@@ -133,12 +134,14 @@ class PlainEngine:
             for name, master in self._masters.items():
                 self.parameters[name].copy_(master)
 
-    def optimizer_state(self, name: str) -> dict[str, Tensor]:
-        state = self.optimizer.state.get(self._updated[name], {})
-        found = {key: value for key, value in state.items() if isinstance(value, Tensor) and key != "step"}
-        if found and name in self._masters:
-            found[MASTER] = self._masters[name].detach()
-        return found
+    def optimizer_states(self, names: Iterable[str]) -> Iterator[tuple[str, dict[str, Tensor]]]:
+        for name in names:
+            state = self.optimizer.state.get(self._updated[name], {})
+            found = {key: value for key, value in state.items() if isinstance(value, Tensor) and key != "step"}
+            if found and name in self._masters:
+                found[MASTER] = self._masters[name].detach()
+            if found:
+                yield name, found
 
     def load_optimizer_state(self, states: dict[str, dict[str, Tensor]], step: int) -> None:
         counts_in_tensors = type(self.optimizer).__module__.startswith("torch.")

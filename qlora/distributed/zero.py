@@ -17,10 +17,18 @@ import deepspeed
 import torch
 from deepspeed.runtime.zero.parameter_offload import FWD_MODULE_STACK
 from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus
-from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state, set_z3_leaf_modules
+from deepspeed.utils import (
+    nvtx,
+    safe_get_full_fp32_param,
+    safe_get_full_optimizer_state,
+    safe_get_local_fp32_param,
+    safe_get_local_optimizer_state,
+    set_z3_leaf_modules,
+    z3_leaf_module,
+)
 from torch import Tensor, nn
 
-from qlora.distributed.collectives import is_partitioned
+from qlora.distributed.collectives import GATHER_BYTES, is_partitioned
 from qlora.distributed.engine import MASTER
 from qlora.distributed.mapped import move_to_file
 from qlora.distributed.offload import device_of
@@ -30,6 +38,7 @@ from qlora.distributed.zero_config import without_training
 
 # What stays whole on every rank is gathered after a step by so many elements at once; twice their bytes for a moment.
 RESIDENT_BUCKET = 50_000_000
+_MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
 def prepare_environment() -> None:
@@ -41,6 +50,8 @@ def prepare_environment() -> None:
         # At start DeepSpeed 0.19.8 compiles shared-memory collectives for CPUs, which needs a compiler and fails where the
         # environment's path has a space in it. It goes on with gloo where it finds them not compatible.
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+        # Every function of its hooks opens a range of NVIDIA's profiler, ten thousand a step here, which CPUs have not.
+        nvtx.enable_nvtx = False
 
 
 def mark_leaves(model: nn.Module, classes: Sequence[type], plugin: Any) -> None:
@@ -153,7 +164,8 @@ class ZeroEngine:
         # Stages 1 and 2 skip a gradient that is not finite, but where adapters are bfloat16 only when told (0.19.8).
         if hasattr(model.optimizer, "check_grad_overflow"):
             model.optimizer.check_grad_overflow = model.optimizer.dtype == torch.bfloat16
-        self._resident = _keep_resident(model.optimizer) if self._is_sharded else []
+        if self._is_sharded:
+            _keep_resident(model.optimizer)
 
     @contextmanager
     def micro_step(self, *, last: bool) -> Iterator[None]:
@@ -172,24 +184,26 @@ class ZeroEngine:
         for group in self.model.optimizer.param_groups:
             group["lr"] = learning_rate * group.get("lr_ratio", 1.0)
         self.model.step()
-        _gather_resident(self._resident)
         norm = float(self.model.get_global_grad_norm())
         # DeepSpeed says infinite, or -1, of a norm that is not finite, and has skipped the update then (0.19.8).
         return torch.tensor(norm if norm >= 0 else float("nan"))
 
-    def optimizer_state(self, name: str) -> dict[str, Tensor]:
+    def optimizer_states(self, names: Iterable[str]) -> Iterator[tuple[str, dict[str, Tensor]]]:
         inner = self.model.optimizer.optimizer
         if not any("exp_avg" in state for state in inner.state.values()):
-            return {}
+            return
         if not self._state_is_linked:
             _link_state(self.model.optimizer)
             self._state_is_linked = True
-        parameter = self.parameters[name]
-        state = {key: safe_get_full_optimizer_state(parameter, key) for key in ("exp_avg", "exp_avg_sq")}
-        if parameter.dtype != torch.float32:
-            state[MASTER] = safe_get_full_fp32_param(parameter)
-        shape = getattr(parameter, "ds_shape", parameter.shape)
-        return {key: value.detach().reshape(shape).clone() for key, value in state.items()}
+        if self._is_sharded:
+            yield from _gathered_states({name: self.parameters[name] for name in names})
+            return
+        for name in names:
+            parameter = self.parameters[name]
+            state = {key: safe_get_full_optimizer_state(parameter, key) for key in _MOMENTS}
+            if parameter.dtype != torch.float32:
+                state[MASTER] = safe_get_full_fp32_param(parameter)
+            yield name, {key: value.detach().reshape(parameter.shape) for key, value in state.items()}
 
     def load_optimizer_state(self, states: dict[str, dict[str, Tensor]], step: int) -> None:
         self._materialize(step)
@@ -235,14 +249,58 @@ def _link_state(zero: Any) -> None:
         link()
 
 
-def _keep_resident(optimizer: Any) -> list[Any]:
+def _gathered_states(parameters: dict[str, nn.Parameter]) -> Iterator[tuple[str, dict[str, Tensor]]]:
+    """The whole optimizer state of each parameter, many by one collective; DeepSpeed's own getter starts one for each.
+
+    At most `GATHER_BYTES` and one parameter's state are whole at once, and what was yielded stays as it is.
+    """
+    batch: dict[str, Any] = {}
+    size = 0
+    for name, parameter in parameters.items():
+        batch[name] = parameter
+        size += parameter.ds_numel * 4 * len(_state_keys(parameter))  # type: ignore[attr-defined]
+        if size >= GATHER_BYTES:
+            yield from _gathered_batch(batch)
+            batch, size = {}, 0
+    if batch:
+        yield from _gathered_batch(batch)
+
+
+def _gathered_batch(parameters: dict[str, Any]) -> Iterator[tuple[str, dict[str, Tensor]]]:
+    pieces = [(name, key, p.ds_tensor.numel()) for name, p in parameters.items() for key in _state_keys(p)]
+    own: Tensor | None = None
+    at = 0
+    for name, key, length in pieces:
+        parameter = parameters[name]
+        share = safe_get_local_fp32_param(parameter) if key == MASTER else safe_get_local_optimizer_state(parameter, key)
+        if own is None:
+            own = torch.empty(sum(length for *_, length in pieces), dtype=share.dtype, device=share.device)
+        own[at : at + length].copy_(share.detach())  # now: a share that was read from a disk lies where the next one will
+        at += length
+    assert own is not None
+    world_size = torch.distributed.get_world_size()
+    of_all = torch.empty(world_size * own.numel(), dtype=own.dtype, device=own.device)
+    torch.distributed.all_gather_into_tensor(of_all, own)
+    by_rank, at = of_all.view(world_size, -1), 0
+    found: dict[str, dict[str, Tensor]] = {name: {} for name in parameters}
+    for name, key, length in pieces:
+        parameter = parameters[name]
+        whole = by_rank[:, at : at + length].reshape(-1)[: parameter.ds_numel]
+        found[name][key] = whole.view(parameter.ds_shape)
+        at += length
+    yield from found.items()
+
+
+def _state_keys(parameter: nn.Parameter) -> tuple[str, ...]:
+    return _MOMENTS if parameter.dtype == torch.float32 else (*_MOMENTS, MASTER)
+
+
+def _keep_resident(optimizer: Any) -> None:
     """Keep what is small and hardly grows with the base whole on every rank, where DeepSpeed goes by size alone.
 
     Norms and biases stay, whose gathers would cost more than they weigh, and then what trains, as far as the budget goes.
-    The scales of 4-bit weights do not: they are a 64th of the base.
-
-    Returns:
-        What stays. Gathering it again after a step is left to `_gather_resident`.
+    The scales of 4-bit weights do not: they are a 64th of the base. What a step has cut, or whoever gathers and lets go,
+    is whole again before the next forward pass of the outermost module.
     """
     offload = getattr(optimizer, "parameter_offload", optimizer)
     limit, budget = offload.param_numel_persistence_threshold, offload.model_persistence_threshold
@@ -258,11 +316,30 @@ def _keep_resident(optimizer: Any) -> list[Any]:
             chosen.append(parameter)
     offload.persistent_parameters = chosen
     optimizer.persistent_parameters = []
-    return chosen
+    _gather_resident(chosen)
+    offload.module.register_forward_pre_hook(lambda *_: _gather_resident(chosen))
+    _leave_alone(offload)
 
 
+def _leave_alone(offload: Any) -> None:
+    """Take DeepSpeed's hooks off every module that has nothing to gather: blocks, attention, MLPs, norms that stay whole.
+
+    Four hooks and two autograd functions at each of them cost a tenth of a step on a small base (0.19.8), and do nothing.
+    The outermost module keeps its own: what a module reaches for that is not its own is gathered for the innermost hook.
+    """
+    idle = set()
+    for module in offload.module.modules():
+        own = [*module.parameters(recurse=z3_leaf_module(module)), *(p for _, p in module.ds_external_parameters())]
+        if module is not offload.module and all(p.ds_persist and not p.requires_grad for p in own):
+            idle |= {id(module._forward_pre_hooks), id(module._forward_hooks)}
+    for handle in (*offload.forward_hooks, *offload.backward_hooks):
+        if id(handle.hooks_dict_ref()) in idle:
+            handle.remove()
+
+
+@torch.no_grad()
 def _gather_resident(parameters: list[Any]) -> None:
-    """Make whole again what a step has cut. Collective.
+    """Make whole what is cut. Collective where anything is, and it is on all ranks alike.
 
     DeepSpeed 0.19.8 would do it by one collective for every parameter, two for each adapted layer and one for each norm.
     """

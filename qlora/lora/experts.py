@@ -244,13 +244,13 @@ def why_not(module: Any, name: str) -> str | None:
 
 def own_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Module, str]]:
     """Every parameter of the base: its path there, the module that owns it, its name in that module."""
-    inside: list[str] = []
+    inside = None  # modules come before what is inside them, which follows at once
     for path, module in model.named_modules():
-        if any(path.startswith(prefix) for prefix in inside):
+        if inside is not None and path.startswith(inside):
             continue
         base: Any = module
         if isinstance(module, (LoraLayer, LoraExperts)):
-            inside.append(f"{path}.")
+            inside = f"{path}."
             base = module.base_layer
         for name, _ in base.named_parameters(recurse=False):
             yield (f"{path}.{name}" if path else name), base, name

@@ -200,14 +200,14 @@ def list_candidates(model: nn.Module) -> tuple[list[Candidate], dict[str, str]]:
     get_head = getattr(model, "get_output_embeddings", None)
     head = get_head() if callable(get_head) else None
     found: list[Candidate] = []
-    inside: list[str] = []
+    inside = None  # modules come before what is inside them, which follows at once
     untargetable: dict[str, str] = {}
     for path, module in model.named_modules():
-        if not path or any(path.startswith(prefix) for prefix in inside):
+        if not path or (inside is not None and path.startswith(inside)):
             continue
         base = base_of(module)
         if isinstance(module, WRAPPERS):
-            inside.append(path + ".")
+            inside = f"{path}."
         classes = tuple(cls.__name__ for cls in type(base).__mro__ if cls not in (nn.Module, object))
         kind = kind_of(base)
         is_head = module is head or base is head

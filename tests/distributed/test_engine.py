@@ -63,10 +63,11 @@ def test_optimizer_state_is_there_after_the_first_step_and_can_be_set(dtype: tor
         return parameter, engine_of(parameter, optimizer, max_grad_norm=1.0)
 
     first, engine = make()
-    assert engine.optimizer_state("p") == {}
+    assert list(engine.optimizer_states(["p"])) == []
     engine.backward(first.square().sum())
     engine.step(0.1)
-    state = engine.optimizer_state("p")
+    ((name, state),) = engine.optimizer_states(["p"])
+    assert name == "p"
     assert set(state) == {"exp_avg", "exp_avg_sq"} | ({MASTER} if dtype == torch.bfloat16 else set())
     assert {value.dtype for value in state.values()} == {torch.float32}
     second, other = make()
