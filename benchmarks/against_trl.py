@@ -55,6 +55,8 @@ def main() -> int:
         for name in MEASURED:
             print(f"{name:12} {ROWS[name].title}")
         return 0
+    if arguments.pairs < 1 or arguments.tries < 1 or arguments.layers < 1:
+        parser.error("--pairs, --tries and --layers are at least 1")
     names = {"quick": QUICK, "all": MEASURED}.get(arguments.rows) or tuple(arguments.rows.split(","))
     if unknown := [name for name in names if name not in MEASURED]:
         parser.error(f"no such row: {', '.join(unknown)}; there are {', '.join(MEASURED)}")

@@ -32,7 +32,8 @@ import gpu_report
 import yaml
 from machine import describe
 
-from qlora.errors import EXIT_USER_ERROR
+from qlora.config.load import load_config
+from qlora.errors import EXIT_USER_ERROR, QloraError
 
 ROOT = Path(__file__).resolve().parents[1]
 # The same for every arm.
@@ -152,8 +153,16 @@ def main() -> int:
     unknown = set(arguments.parts.split(",")) - set(gpu_parts.PLAN)
     if unknown:
         parser.error(f"no part is called {', '.join(sorted(unknown))}; there are {', '.join(gpu_parts.PLAN)}")
-    arguments.set = {key: yaml.safe_load(value) for key, _, value in (text.partition("=") for text in arguments.set)}
+    if arguments.minutes <= 0 or arguments.pairs < 1:
+        parser.error("--minutes is above 0, --pairs at least 1")
     with tempfile.TemporaryDirectory(dir=arguments.scratch) as text:
+        (job := Path(text) / "job.yaml").write_text("{}\n")
+        try:
+            load_config(job, arguments.set)
+        except QloraError as error:
+            print(f"error: --set: {error}", file=sys.stderr)
+            return EXIT_USER_ERROR
+        arguments.set = {key: yaml.safe_load(value) for key, _, value in (pair.partition("=") for pair in arguments.set)}
         run = Run(arguments, Path(text), *device)
         for part in gpu_parts.PLAN:
             if part in arguments.parts.split(","):

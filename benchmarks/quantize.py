@@ -141,6 +141,8 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--results", type=Path)
     arguments = parser.parse_args()
+    if min(arguments.pairs, arguments.load_pairs) < 2 or arguments.threads < 1:
+        parser.error("--pairs and --load-pairs are at least 2, --threads at least 1")
     torch.set_num_threads(arguments.threads)
     if not (quantizer := nf4._native_quantizer(SPEC.quant_type)).is_native:
         raise SystemExit(f"there is nothing to compare: weights are quantized by {quantizer.describe()}")

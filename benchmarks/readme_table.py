@@ -63,7 +63,8 @@ def checkpoint_line(results: Path) -> str | None:
         if rows and interval:
             parts = "; ".join(f"{place}: {held}, at most {most}" for place, held, most in rows)
             date = path.stem.rpartition("_")[2]
-            return f"Time lost to a checkpoint every {interval.group(1)} steps: {parts} ({date}, `checkpoints.py`)."
+            said = f"{date}, `checkpoints.py`; two saves, beside other work"
+            return f"Time lost to a checkpoint every {interval.group(1)} steps: {parts} ({said})."
     return None
 
 

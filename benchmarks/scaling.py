@@ -226,6 +226,13 @@ def main() -> None:
     parser.add_argument("--check-runs", type=int, default=3)
     parser.add_argument("--results", type=Path)
     arguments = parser.parse_args()
+    positive = ("tflops", "inner", "outer", "gpus_per_node", "tokens", "check_tokens", "check_layers", "check_runs")
+    if wrong := [name for name in positive if getattr(arguments, name) <= 0]:
+        parser.error(", ".join(f"--{name.replace('_', '-')}" for name in wrong) + " must be above 0")
+    if not 0 <= arguments.overlap <= 1 or min(arguments.inner_hop, arguments.outer_hop, arguments.gather_overhead) < 0:
+        parser.error("--overlap is a share between 0 and 1; hops and --gather-overhead are not below 0")
+    if arguments.gpu_results is not None and not arguments.gpu_results.is_file():
+        parser.error(f"--gpu-results {arguments.gpu_results}: no such file")
     if arguments.check:
         lines = check(arguments.check_tokens, arguments.check_layers, arguments.check_runs)
     else:

@@ -9,11 +9,12 @@ from __future__ import annotations
 
 import json
 import statistics
-from collections.abc import Iterable
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from peers import quiet
 from peers.rows import ROWS, Row
 from peers.workload import SHAPE
 
@@ -75,11 +76,24 @@ def order(number: int, names: tuple[str, str]) -> tuple[str, str]:
     return names if number % 2 == 0 else (names[1], names[0])
 
 
-def counted(records: Iterable[Record], row: Row) -> list[Record]:
-    """The pairs that a row is made of: of the whole base, not refused, and quiet where its figure is a time."""
+def counted(records: Sequence[Record], row: Row) -> list[Record]:
+    """The pairs that a row is made of: of the whole base, not refused, and quiet where its figure is a time.
+
+    All pairs of a campaign are judged by one limit, the widest that was asked for in it, and by the best rate that their
+    machine has shown in all of `records`, whatever was known when they were run.
+    """
     source = row.source or row.name
+    best: dict[str, float] = {}
+    limits: dict[str, float] = {}
+    for r in records:
+        best[r["machine"]] = max(best.get(r["machine"], 0.0), *r["product_rates"])
+        limits[r["campaign"]] = max(limits.get(r["campaign"], 0.0), r.get("most_below", quiet.MOST_BELOW))
+
+    def is_quiet(r: Record) -> bool:
+        return quiet.is_quiet(r["product_rates"], best[r["machine"]], r["others_share"], limits[r["campaign"]])
+
     whole = (r for r in records if r["row"] == source and r["layers"] == LAYERS and not r["refusals"])
-    return [r for r in whole if r["quiet"] or not row.is_time]
+    return [r for r in whole if not row.is_time or is_quiet(r)]
 
 
 def values(row: Row, record: Record) -> tuple[float, float]:

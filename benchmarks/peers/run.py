@@ -137,6 +137,7 @@ def run_pair(
         "step_flop": flop,
         "product_rates": rates,
         "others_share": share,
+        "most_below": most_below,
         "quiet": quiet.is_quiet(rates, max(best, *rates), share, most_below),
         "refusals": pairs.refusals(row, arms),
         "arms": arms,

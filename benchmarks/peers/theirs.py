@@ -55,7 +55,8 @@ def make_trainer(base: Path, settings: dict[str, Any], folder: Path, rows: Any, 
         if best:
             chosen["per_device_train_batch_size"] = 1  # a row is a step's packs
     else:
-        chosen |= {"assistant_only_loss": True}
+        # In their order: packs are sorted by how full they are, and a first step over the last one would be a short one.
+        chosen |= {"assistant_only_loss": True, "train_sampling_strategy": "sequential"}
     arguments = SFTConfig(
         output_dir=str(folder / "trl"), max_steps=settings["steps"], learning_rate=workload.LEARNING_RATE,
         lr_scheduler_type="constant", warmup_steps=0, logging_steps=1, save_strategy="no", report_to=[], use_cpu=True,

@@ -125,6 +125,7 @@ def describe(
         "gpus": gpus,
         "nodes": nodes,
         "gpu_memory": gpu_memory,
+        "gradient_checkpointing": job.train.gradient_checkpointing,
         "base": job.model.base,
         "shapes_from": base.source,
         "num_weights": sum(t.num_elements for t in base.tensors),
@@ -167,6 +168,8 @@ def _rows(facts: dict[str, Any]) -> list[tuple[str, str]]:
     known, layers = facts["activations"], facts["activations"]["num_layers"]
     again = [entry["num_layers_recomputed"] for entry in modes.values()]
     rows.append((f"layers recomputed, of {layers}", "".join(f"{count:>{_CELL}}" for count in again)))
+    if facts["gradient_checkpointing"] == "auto" and memory is None:
+        rows.append(("  auto is counted as all", "give --gpu-memory to see how many a run takes"))
     if memory is not None:
         left = [entry["left_bytes"] for entry in modes.values()]
         verdict = "".join(f"{'fits' if value >= 0 else 'too large':>{_CELL}}" for value in left)

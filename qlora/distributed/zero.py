@@ -23,13 +23,14 @@ from deepspeed.utils import (
     safe_get_full_optimizer_state,
     safe_get_local_fp32_param,
     safe_get_local_optimizer_state,
-    set_z3_leaf_modules,
+    set_z3_leaf_module,
     z3_leaf_module,
 )
 from torch import Tensor, nn
 
 from qlora.distributed.collectives import GATHER_BYTES, is_partitioned
 from qlora.distributed.engine import MASTER
+from qlora.distributed.gathers import gathered_as_one, gathers, hand_over_hidden_states
 from qlora.distributed.mapped import move_to_file
 from qlora.distributed.offload import device_of
 from qlora.distributed.saved import without_gathered_weights
@@ -54,33 +55,32 @@ def prepare_environment() -> None:
         nvtx.enable_nvtx = False
 
 
-def mark_leaves(model: nn.Module, classes: Sequence[type], plugin: Any) -> None:
-    """Let ZeRO-3 gather each module of these classes by one hook, with all that is inside it. Rank-local.
+def mark_leaves(model: nn.Module, classes: Sequence[type[nn.Module]], plugin: Any) -> None:
+    """Let ZeRO-3 gather by one hook what `distributed.gathers` says: modules of these classes, and layers. Rank-local.
 
     It also bounds what is gathered at once. DeepSpeed adds a bucket of prefetched parameters at every module that it
     enters, until as much is live as the configuration allows, which by default is 1e9 elements (0.19.8). Where it says
-    nothing, the largest module and one bucket may be live: what is computed with, and what is on its way.
+    nothing, the largest gather and one bucket may be live: what is computed with, and what is on its way.
 
     DeepSpeed reduces a leaf's gradients in the module's backward hook, which torch fires when the gradient of the
     module's input is there. Where no input needs one, as in the first layer over a frozen embedding, it fires before
     the parameters' gradients exist, and the step fails on a gradient of size 0 (DeepSpeed 0.19.8). So the input of a
-    leaf always asks for a gradient.
+    leaf in which something trains always asks for a gradient.
     """
-    for leaf in set_z3_leaf_modules(model, list(classes), raise_if_not_found=False):
-        leaf.register_forward_pre_hook(_ask_for_input_gradient)
+    stated = plugin.deepspeed_config["zero_optimization"]
+    if stated["stage"] != 3:
+        return
+    for leaf in gathered_as_one(model, classes):
+        set_z3_leaf_module(leaf, True)
+        if not isinstance(leaf, tuple(classes)):
+            leaf.register_forward_pre_hook(hand_over_hidden_states, with_kwargs=True)
+        if any(p.requires_grad for p in leaf.parameters()):
+            leaf.register_forward_pre_hook(_ask_for_input_gradient)
         for borrowed in (p for module in leaf.modules() for p in getattr(module, "borrowed_parameters", ())):
             deepspeed.zero.register_external_parameter(leaf, borrowed)
-    stated = plugin.deepspeed_config["zero_optimization"]
-    if stated["stage"] == 3 and stated.get("stage3_max_live_parameters", "auto") == "auto":
-        stated["stage3_max_live_parameters"] = _largest_gather(model, tuple(classes)) + stated["stage3_prefetch_bucket_size"]
-
-
-def _largest_gather(model: nn.Module, leaves: tuple[type, ...]) -> int:
-    """Elements of the module with most parameters, of those that are gathered as one."""
-    return max(
-        sum(getattr(p, "ds_numel", p.numel()) for p in module.parameters(recurse=isinstance(module, leaves)))
-        for module in model.modules()
-    )
+    if stated.get("stage3_max_live_parameters", "auto") == "auto":
+        largest = max(sum(getattr(p, "ds_numel", p.numel()) for p in together) for together in gathers(model, classes))
+        stated["stage3_max_live_parameters"] = largest + stated["stage3_prefetch_bucket_size"]
 
 
 def _ask_for_input_gradient(module: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...] | None:
@@ -164,8 +164,7 @@ class ZeroEngine:
         # Stages 1 and 2 skip a gradient that is not finite, but where adapters are bfloat16 only when told (0.19.8).
         if hasattr(model.optimizer, "check_grad_overflow"):
             model.optimizer.check_grad_overflow = model.optimizer.dtype == torch.bfloat16
-        if self._is_sharded:
-            _keep_resident(model.optimizer)
+        self._resident = _keep_resident(model.optimizer) if self._is_sharded else []
 
     @contextmanager
     def micro_step(self, *, last: bool) -> Iterator[None]:
@@ -184,6 +183,7 @@ class ZeroEngine:
         for group in self.model.optimizer.param_groups:
             group["lr"] = learning_rate * group.get("lr_ratio", 1.0)
         self.model.step()
+        _gather_resident(self._resident)
         norm = float(self.model.get_global_grad_norm())
         # DeepSpeed says infinite, or -1, of a norm that is not finite, and has skipped the update then (0.19.8).
         return torch.tensor(norm if norm >= 0 else float("nan"))
@@ -295,12 +295,14 @@ def _state_keys(parameter: nn.Parameter) -> tuple[str, ...]:
     return _MOMENTS if parameter.dtype == torch.float32 else (*_MOMENTS, MASTER)
 
 
-def _keep_resident(optimizer: Any) -> None:
+def _keep_resident(optimizer: Any) -> list[Any]:
     """Keep what is small and hardly grows with the base whole on every rank, where DeepSpeed goes by size alone.
 
     Norms and biases stay, whose gathers would cost more than they weigh, and then what trains, as far as the budget goes.
-    The scales of 4-bit weights do not: they are a 64th of the base. What a step has cut, or whoever gathers and lets go,
-    is whole again before the next forward pass of the outermost module.
+    The scales of 4-bit weights do not: they are a 64th of the base.
+
+    Returns:
+        What stays, whole from now on; a step cuts it all the same, and is to be followed by `_gather_resident`.
     """
     offload = getattr(optimizer, "parameter_offload", optimizer)
     limit, budget = offload.param_numel_persistence_threshold, offload.model_persistence_threshold
@@ -317,14 +319,14 @@ def _keep_resident(optimizer: Any) -> None:
     offload.persistent_parameters = chosen
     optimizer.persistent_parameters = []
     _gather_resident(chosen)
-    offload.module.register_forward_pre_hook(lambda *_: _gather_resident(chosen))
     _leave_alone(offload)
+    return chosen
 
 
 def _leave_alone(offload: Any) -> None:
     """Take DeepSpeed's hooks off every module that has nothing to gather: blocks, attention, MLPs, norms that stay whole.
 
-    Four hooks and two autograd functions at each of them cost a tenth of a step on a small base (0.19.8), and do nothing.
+    Four hooks and two autograd functions at each of them take the host's time and do nothing (0.19.8).
     The outermost module keeps its own: what a module reaches for that is not its own is gathered for the innermost hook.
     """
     idle = set()

@@ -46,11 +46,12 @@ class Stored:
     """One parameter as training holds it.
 
     Attributes:
-        module: what ZeRO-3 gathers together; a LoRA layer has the path of the linear layer it wraps.
+        module: whose it is; a LoRA layer has the path of the linear layer it wraps.
         elements, itemsize: of the stored tensor; a packed 4-bit weight has half as many elements as weights.
         uses: times it is gathered in a micro-step without recomputation, at most.
         in_layer: it is gathered once more where its layer is recomputed.
         stays_whole: small enough, and of a kind, to be kept whole under ZeRO-3.
+        gathered_with: what ZeRO-3 gathers by one hook, a layer or a module; "" before that is known.
     """
 
     module: str
@@ -60,6 +61,7 @@ class Stored:
     uses: int
     in_layer: bool
     stays_whole: bool
+    gathered_with: str = ""
 
     @property
     def num_bytes(self) -> int:
@@ -164,7 +166,27 @@ def stored_parameters(base: BaseShapes, job: JobConfig, zero: ZeroSettings | Non
             may_stay = part == "trained" or (part == "unquantized" and len(tensor.shape) == 1)
             stays = may_stay and elements <= zero.param_persistence_threshold
             stored.append(Stored(tensor.module, part, elements, itemsize, uses, tensor.in_layer, stays))
-    return _within_budget(stored, zero.model_persistence_threshold)
+    return _by_hook(_within_budget(stored, zero.model_persistence_threshold))
+
+
+def _by_hook(stored: list[Stored]) -> list[Stored]:
+    """With what each is gathered: layers as one where that is no more than the largest module, as a run has it."""
+    modules: dict[str, int] = defaultdict(int)
+    layers: dict[str | None, int] = defaultdict(int)
+    for parameter in stored:
+        modules[parameter.module] += parameter.num_bytes
+        layers[layer_of(parameter.module)] += parameter.num_bytes
+    limit = max(modules.values(), default=0)
+    hooks = {path: layer_of(path) for path in modules}
+    hooks = {path: layer if layer is not None and layers[layer] <= limit else path for path, layer in hooks.items()}
+    return [replace(p, gathered_with=hooks[p.module] or "") for p in stored]
+
+
+def layer_of(path: str) -> str | None:
+    """`model.layers.7` of `model.layers.7.mlp.up_proj`, None outside of layers."""
+    parts = path.split(".")
+    number = next((index for index, part in enumerate(parts) if part.isdigit()), None)
+    return None if number is None else ".".join(parts[: number + 1])
 
 
 def _within_budget(stored: list[Stored], budget: int) -> list[Stored]:
@@ -244,7 +266,14 @@ def plan_rank(
     again, stated = base.num_layers, job.train.gradient_checkpointing
     planned = plan_activations(base, job)
     if stated != "auto":
-        again = min(stated, again) if type(stated) is int else again * bool(stated)
+        if type(stated) is int and stated > base.num_layers:
+            raise ConfigError(
+                "there are not as many layers",
+                place="train.gradient_checkpointing",
+                found=stated,
+                wanted=f"at most {base.num_layers}, or true",
+            )
+        again = stated if type(stated) is int else again * bool(stated)
     elif memory is not None and planned is not None:
         taken = sum(kept.values()) + sum(working.values()) + (NCCL_BYTES if ranks > 1 else 0)
         again = planned.fewest(int(memory * USABLE) - taken)
@@ -283,10 +312,10 @@ def recomputes(job: JobConfig) -> bool:
 
 
 def largest_gather(stored: Iterable[Stored]) -> int:
-    """Bytes of the largest module that ZeRO-3 gathers by one hook: a LoRA layer with its A and B, embedding or head."""
+    """Bytes of the most that ZeRO-3 gathers by one hook: a layer, a LoRA layer with its A and B, embedding or head."""
     modules: dict[str, int] = defaultdict(int)
     for parameter in stored:
-        modules[parameter.module] += 0 if parameter.stays_whole else parameter.num_bytes
+        modules[parameter.gathered_with] += 0 if parameter.stays_whole else parameter.num_bytes
     return max(modules.values(), default=0)
 
 
@@ -294,7 +323,7 @@ def max_live(stored: Iterable[Stored], zero: ZeroSettings) -> int:
     """Elements that DeepSpeed lets be there before it stops gathering ahead."""
     modules: dict[str, int] = defaultdict(int)
     for parameter in stored:
-        modules[parameter.module] += parameter.elements
+        modules[parameter.gathered_with] += parameter.elements
     stated, largest = zero.max_live_parameters, max(modules.values(), default=0)
     return largest + zero.prefetch_bucket_size if stated is None else stated
 

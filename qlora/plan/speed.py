@@ -12,7 +12,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
 from qlora.config.schema import JobConfig
-from qlora.plan.memory import Mode, Stored, ZeroSettings, max_live, plan_rank, recomputes, stored_parameters
+from qlora.plan.memory import Mode, Stored, ZeroSettings, layer_of, max_live, plan_rank, recomputes, stored_parameters
 from qlora.plan.shapes import BaseShapes
 
 _GRADIENT_BYTES = 4  # of A and B, whatever they are
@@ -164,11 +164,11 @@ def _modules(base: BaseShapes, job: JobConfig, tokens: int, context: int) -> lis
     for parameter in stored_parameters(base, job):
         stored.setdefault(parameter.module, []).append(parameter)
     tensors = {t.module: t for t in base.tensors if t.kind in ("linear", "head", "embedding")}
-    last_linear = {_layer_of(t.module): t.module for t in base.tensors if t.kind == "linear" and t.in_layer}
+    last_linear = {layer_of(t.module): t.module for t in base.tensors if t.kind == "linear" and t.in_layer}
     attention = 2 * context * base.hidden_size
     made = []
     for path, parameters in stored.items():
-        tensor, layer = tensors.get(path), _layer_of(path)
+        tensor, layer = tensors.get(path), layer_of(path)
         weights = tensor.num_elements if tensor is not None and tensor.kind != "embedding" else 0
         lora = sum(p.elements for p in parameters if p.part == "trained")
         forward, backward = 2.0 * (weights + lora), 2.0 * weights + 4.0 * lora
@@ -188,13 +188,6 @@ def _modules(base: BaseShapes, job: JobConfig, tokens: int, context: int) -> lis
         if base.tied and tensor is not None and tensor.kind == "embedding":
             head = replace(made[-1], path="head", forward=4.0 * tokens * tensor.num_elements)
     return [*made, head] if base.tied else made
-
-
-def _layer_of(path: str) -> str | None:
-    """`model.layers.7` of `model.layers.7.mlp.up_proj`, None outside of layers."""
-    parts = path.split(".")
-    number = next((index for index, part in enumerate(parts) if part.isdigit()), None)
-    return None if number is None else ".".join(parts[: number + 1])
 
 
 def _by_layer(modules: Sequence[_Module]) -> list[list[_Module]]:

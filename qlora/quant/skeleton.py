@@ -128,6 +128,14 @@ def _build(source: BaseSource, dtype: torch.dtype, attention: str) -> Any:
                 trust_remote_code=False,
             )
     except (ValueError, KeyError, ImportError, StrictDataclassError) as error:
+        if attention != "auto":
+            _build(source, dtype, "auto")  # raises where it is not the attention
+            raise ConfigError(
+                f"the model cannot be built with this attention: {' '.join(str(error).split())}",
+                place="model.attention",
+                found=attention,
+                next_step="install what it needs, or set model.attention to auto",
+            ) from error
         raise BaseModelError(
             f"transformers cannot build this architecture: {' '.join(str(error).split())}",
             place=str(source.folder / "config.json"),

@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 
+from qlora.distributed.gathers import gathers, num_bytes
 from qlora.distributed.runtime import Runtime
 from qlora.lora.kinds import WRAPPERS
 from qlora.objective.train_model import LossHead, TrainModel
@@ -55,12 +56,7 @@ def _zero_settings(runtime: Runtime) -> dict[str, Any]:
 
 def _gathered_bytes(train_model: TrainModel, runtime: Runtime) -> int:
     """Of parameters that are gathered at one time under ZeRO-3, and the copy that unpacking makes, at most."""
-    leaves = (*WRAPPERS, LossHead)
-    sizes = [
-        sum(getattr(p, "ds_numel", p.numel()) * p.element_size() for p in m.parameters(recurse=isinstance(m, leaves)))
-        for m in train_model.modules()
-    ]
+    largest = max(num_bytes(together) for together in gathers(train_model, (*WRAPPERS, LossHead)))
     # A packed weight's element is a byte, and most of what is gathered ahead is packed.
     ahead = int(_zero_settings(runtime).get("stage3_prefetch_bucket_size", 0))
-    everything = sum(getattr(p, "ds_numel", p.numel()) * p.element_size() for p in train_model.parameters())
-    return 2 * min(max(sizes) + ahead, everything)
+    return 2 * min(largest + ahead, num_bytes(train_model.parameters()))

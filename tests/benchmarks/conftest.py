@@ -30,7 +30,9 @@ def record(recorded: dict[str, Any]) -> Callable[..., dict[str, Any]]:
     from peers import pairs
 
     def make(ratio: float = 2.0, **changes: Any) -> dict[str, Any]:
-        made = copy.deepcopy(recorded) | {"layers": pairs.LAYERS, "quiet": True, "campaign": "2026-01-01"} | changes
+        made = copy.deepcopy(recorded) | {"layers": pairs.LAYERS, "campaign": "2026-01-01"}
+        rates = [4.0e11, 3.9e11, 4.0e11]
+        made |= {"product_rates": rates, "others_share": 0.01} | changes
         made["arms"]["qlora"]["tokens_per_second"] = ratio * made["arms"]["trl"]["tokens_per_second"]
         return made
 

@@ -65,7 +65,12 @@ def test_a_row_is_the_median_of_the_ratios_of_its_pairs(recorded: Recorded, reco
 
 
 def test_what_does_not_count_is_left_out(record: Make) -> None:
-    others = [record(9.0, quiet=False), record(9.0, refusals=["losses"]), record(9.0, layers=2), record(9.0, row="long2k")]
+    others = [
+        record(9.0, others_share=0.2),
+        record(9.0, refusals=["losses"]),
+        record(9.0, layers=2),
+        record(9.0, row="long2k"),
+    ]
     four = [record() for _ in range(4)]
     assert pairs.summarize([*four, *others], ROWS["packed"]) is None
     found = pairs.summarize([*four, *others, record()], ROWS["packed"])
@@ -73,7 +78,16 @@ def test_what_does_not_count_is_left_out(record: Make) -> None:
     assert found.ratio == pytest.approx(2.0)
     # Memory is not spoiled by other jobs.
     memory = replace(ROWS["memory"], metric="tokens_per_second")
-    assert len(pairs.counted([record(quiet=False, row="memory")], memory)) == 1
+    assert len(pairs.counted([record(others_share=0.2, row="memory")], memory)) == 1
+
+
+def test_pairs_of_a_campaign_are_judged_alike_whenever_they_were_run(record: Make) -> None:
+    """By the best rate of all and the widest limit of the campaign: not by what was known or asked for then."""
+    slower = [record(product_rates=[4.0e11, 3.4e11, 4.0e11], most_below=0.1) for _ in range(4)]
+    assert pairs.counted(slower, ROWS["packed"]) == []
+    assert len(pairs.counted([*slower, record(most_below=0.2)], ROWS["packed"])) == 5
+    better = record(product_rates=[4.4e11] * 3, campaign="2026-02-01")
+    assert len(pairs.counted([*slower, record(most_below=0.2), better], ROWS["packed"])) == 2
 
 
 def test_the_latest_campaign_that_is_whole_is_shown(record: Make) -> None:

@@ -229,6 +229,25 @@ def test_the_largest_run_by_trying_all() -> None:
         assert memory.largest_run(stored, limit) == most
 
 
+def test_more_layers_than_there_are_cannot_be_computed_again() -> None:
+    job = job_of(train={"gradient_checkpointing": 99})
+    with pytest.raises(ConfigError, match="not as many layers"):
+        plan_rank(read_shapes(resolve_base("builtin:tiny").folder), job, "single", 1)
+
+
+@pytest.mark.parametrize(("head", "hooks"), [(9, {"m.layers.0", "m.layers.1", "head"}), (7, {"m.layers.0.a", "head"})])
+def test_layers_are_gathered_as_one_where_something_else_is_as_large(head: int, hooks: set[str]) -> None:
+    """As `distributed.gathers` has it: a layer of 2 x 4 bytes, beside a head of so many."""
+
+    def stored(path: str, elements: int, in_layer: bool = True) -> Stored:
+        return Stored(path, "unquantized", elements, 1, 2, in_layer, False)
+
+    layers = [stored(f"m.layers.{layer}.{name}", 4) for layer in range(2) for name in "ab"]
+    found = memory._by_hook([*layers, stored("head", head, in_layer=False)])
+    assert hooks <= {p.gathered_with for p in found}
+    assert memory.largest_gather(found) == head
+
+
 def test_gathers_by_hand() -> None:
     """A layer of two linear weights, a norm, an embedding and an untied head, which nothing asks for in backward."""
     base = BaseShapes(

@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 from qlora.config.schema import QuantizationConfig
-from qlora.errors import BaseModelError
+from qlora.errors import BaseModelError, ConfigError
 from qlora.model_files import find_weight_files
 from qlora.ops import nf4, nf4_format
 from qlora.quant import shards
@@ -320,6 +320,16 @@ def test_an_architecture_that_cannot_be_built(base: Path, changes: dict[str, Any
     change_config(base, **changes)
     with pytest.raises(BaseModelError, match=r"config\.json: transformers cannot build"):
         load(base)
+
+
+def test_an_attention_that_cannot_be_had_is_named(base: Path) -> None:
+    """Here: a package that is not installed. An architecture that cannot be built without it is still what is named."""
+    with pytest.raises(ConfigError, match="FlashAttention2") as error:
+        load(base, attention="flash_attention_2")
+    assert (error.value.place, error.value.found) == ("model.attention", "flash_attention_2")
+    change_config(base, model_type="no_such_architecture")
+    with pytest.raises(BaseModelError, match="cannot build"):
+        load(base, attention="flash_attention_2")
 
 
 @pytest.mark.parametrize(
