@@ -2,9 +2,9 @@
 
 DeepSpeed's hooks cost about the same whatever they gather, in Python, at every module of every pass. A model has seven
 linear layers in each of its layers, so gathering a whole layer at once costs a seventh, and sends fewer and longer
-messages. It is done where it takes no more memory than the largest gather that there is anyway, mostly the embedding or
-the head, and where DeepSpeed can know when a layer's backward pass is over: it takes the gradient of the hidden states for
-that, so nothing else that has a gradient may come into a layer.
+messages. It is done where a layer is no larger than the largest gather that there is anyway, mostly the embedding or the
+head, nor than `LAYER_BYTES`, and where DeepSpeed can know when a layer's backward pass is over: it takes the gradient of the
+hidden states for that, so nothing else that has a gradient may come into a layer.
 """
 
 from __future__ import annotations
@@ -16,6 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers.modeling_layers import GradientCheckpointingLayer
+
+from qlora.distributed.zero_config import LAYER_BYTES
 
 # What comes into a layer and has no gradient, as transformers calls it.
 WITHOUT_GRADIENT = {
@@ -31,7 +33,7 @@ def gathered_as_one(model: nn.Module, leaves: Sequence[type[nn.Module]]) -> list
         leaves: classes of modules that always are.
     """
     single = [_own(module, tuple(leaves)) for module in model.modules()]
-    limit = max(map(num_bytes, single), default=0)
+    limit = min(LAYER_BYTES, max(map(num_bytes, single), default=0))
     found = (m for m in model.modules() if isinstance(m, GradientCheckpointingLayer))
     layers: set[nn.Module] = {layer for layer in found if _takes_hidden_states_alone(layer)}
     inside = [parameter for layer in _outermost(model, layers) for parameter in layer.parameters()]
@@ -47,6 +49,15 @@ def gathers(model: nn.Module, leaves: Sequence[type[nn.Module]]) -> list[list[nn
     inside = {id(inner) for module in as_one for inner in module.modules()}
     others = [list(m.parameters(recurse=False)) for m in model.modules() if id(m) not in inside]
     return [list(module.parameters()) for module in as_one] + others
+
+
+def prefetched_elements(model: nn.Module, leaves: Sequence[type[nn.Module]], stated: int) -> int:
+    """How much is to be on its way at once: what is stated, or the largest layer that is gathered as one. Rank-local.
+
+    DeepSpeed (0.19.8) starts a bucket of gathers at each module that it enters, which is then once a layer.
+    """
+    layers = (module for module in gathered_as_one(model, leaves) if not isinstance(module, tuple(leaves)))
+    return max([stated, *(sum(getattr(p, "ds_numel", p.numel()) for p in layer.parameters()) for layer in layers)])
 
 
 def num_bytes(parameters: Iterable[nn.Parameter]) -> int:

@@ -30,7 +30,7 @@ from torch import Tensor, nn
 
 from qlora.distributed.collectives import GATHER_BYTES, is_partitioned
 from qlora.distributed.engine import MASTER
-from qlora.distributed.gathers import gathered_as_one, gathers, hand_over_hidden_states
+from qlora.distributed.gathers import gathered_as_one, gathers, hand_over_hidden_states, prefetched_elements
 from qlora.distributed.mapped import move_to_file
 from qlora.distributed.offload import device_of
 from qlora.distributed.saved import without_gathered_weights
@@ -78,6 +78,9 @@ def mark_leaves(model: nn.Module, classes: Sequence[type[nn.Module]], plugin: An
             leaf.register_forward_pre_hook(_ask_for_input_gradient)
         for borrowed in (p for module in leaf.modules() for p in getattr(module, "borrowed_parameters", ())):
             deepspeed.zero.register_external_parameter(leaf, borrowed)
+    if not plugin.states_prefetch:
+        bucket = prefetched_elements(model, classes, stated["stage3_prefetch_bucket_size"])
+        stated["stage3_prefetch_bucket_size"] = bucket
     if stated.get("stage3_max_live_parameters", "auto") == "auto":
         largest = max(sum(getattr(p, "ds_numel", p.numel()) for p in together) for together in gathers(model, classes))
         stated["stage3_max_live_parameters"] = largest + stated["stage3_prefetch_bucket_size"]

@@ -11,10 +11,15 @@ from typing import Any
 from qlora.distributed.offload import refuse_bad_offload, take_share_folder
 from qlora.errors import LaunchError
 
+PREFETCH_BUCKET = 50_000_000
+# Layers of a model are gathered as one up to so many bytes: one of 70B has 0.46 GB. Larger ones take long enough to compute
+# for a hook at each of their modules.
+LAYER_BYTES = 1 << 29
+
 # What a DeepSpeed JSON leaves open at stage 3. Sizes are in elements; a packed 4-bit element is a byte of two weights.
 STAGE3 = {
-    # Gathers run ahead of the computation until so much is on its way.
-    "stage3_prefetch_bucket_size": 50_000_000,
+    # Gathers run ahead of the computation until so much is on its way, or all of a layer that is gathered as one.
+    "stage3_prefetch_bucket_size": PREFETCH_BUCKET,
     # Nothing that was gathered is kept because it will be needed again soon. DeepSpeed's own 1e9 would hold a gigabyte of
     # packed weights from forward to backward.
     "stage3_max_reuse_distance": 0,
@@ -92,6 +97,7 @@ def fill_config(
     # Accelerate tells transformers of ZeRO-3 through this object, and transformers then builds every model by its own
     # zero.Init, weights included (transformers 5.23). Loading is ours.
     plugin.dschf = None
+    plugin.states_prefetch = zero.get("stage3_prefetch_bucket_size", "auto") != "auto"
     if zero["stage"] == 3:
         zero |= {key: value for key, value in STAGE3.items() if zero.get(key, "auto") == "auto"}
     return int(zero["stage"])

@@ -13,6 +13,7 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 from qlora.config.schema import JobConfig, QuantizationConfig
+from qlora.distributed.zero_config import LAYER_BYTES, PREFETCH_BUCKET
 from qlora.errors import ConfigError
 from qlora.lora.target import ALL_LINEAR, Candidate, choose, ends_with, refuse_unused_patterns
 from qlora.lora.update import Update, pattern_of
@@ -31,10 +32,11 @@ ADAM_BYTES = {"adamw": 8, "paged_adamw": 8, "adamw_8bit": 2, "paged_adamw_8bit":
 class ZeroSettings:
     """DeepSpeed's own names without `stage3_`, in elements; the defaults are what a run uses.
 
-    `max_live_parameters` is by default the largest module and one bucket.
+    `prefetch_bucket_size` is by default `PREFETCH_BUCKET`, or the largest layer that is gathered as one;
+    `max_live_parameters` the largest gather and one bucket.
     """
 
-    prefetch_bucket_size: int = 50_000_000
+    prefetch_bucket_size: int | None = None
     max_live_parameters: int | None = None
     param_persistence_threshold: int = 1_000_000
     model_persistence_threshold: int = 100_000_000
@@ -49,7 +51,7 @@ class Stored:
         module: whose it is; a LoRA layer has the path of the linear layer it wraps.
         elements, itemsize: of the stored tensor; a packed 4-bit weight has half as many elements as weights.
         uses: times it is gathered in a micro-step without recomputation, at most.
-        in_layer: it is gathered once more where its layer is recomputed.
+        in_layer: it is in one, and gathered once more where that is recomputed, unless the layer is gathered as one.
         stays_whole: small enough, and of a kind, to be kept whole under ZeRO-3.
         gathered_with: what ZeRO-3 gathers by one hook, a layer or a module; "" before that is known.
     """
@@ -176,7 +178,7 @@ def _by_hook(stored: list[Stored]) -> list[Stored]:
     for parameter in stored:
         modules[parameter.module] += parameter.num_bytes
         layers[layer_of(parameter.module)] += parameter.num_bytes
-    limit = max(modules.values(), default=0)
+    limit = min(LAYER_BYTES, max(modules.values(), default=0))
     hooks = {path: layer_of(path) for path in modules}
     hooks = {path: layer if layer is not None and layers[layer] <= limit else path for path, layer in hooks.items()}
     return [replace(p, gathered_with=hooks[p.module] or "") for p in stored]
@@ -319,13 +321,24 @@ def largest_gather(stored: Iterable[Stored]) -> int:
     return max(modules.values(), default=0)
 
 
-def max_live(stored: Iterable[Stored], zero: ZeroSettings) -> int:
+def max_live(stored: Sequence[Stored], zero: ZeroSettings) -> int:
     """Elements that DeepSpeed lets be there before it stops gathering ahead."""
     modules: dict[str, int] = defaultdict(int)
     for parameter in stored:
         modules[parameter.gathered_with] += parameter.elements
     stated, largest = zero.max_live_parameters, max(modules.values(), default=0)
-    return largest + zero.prefetch_bucket_size if stated is None else stated
+    return largest + prefetch_bucket(stored, zero) if stated is None else stated
+
+
+def prefetch_bucket(stored: Iterable[Stored], zero: ZeroSettings) -> int:
+    """Elements that DeepSpeed gathers ahead at each hook."""
+    if zero.prefetch_bucket_size is not None:
+        return zero.prefetch_bucket_size
+    layers: dict[str, int] = defaultdict(int)
+    for parameter in stored:
+        if parameter.gathered_with != parameter.module:
+            layers[parameter.gathered_with] += parameter.elements
+    return max(PREFETCH_BUCKET, *layers.values(), 0)
 
 
 def gathered_at_once(stored: Sequence[Stored], zero: ZeroSettings) -> int:
@@ -335,7 +348,7 @@ def gathered_at_once(stored: Sequence[Stored], zero: ZeroSettings) -> int:
     elements are there; the last tensor may pass the limit. Buckets are unpacked by copying.
     """
     cut = [p for p in stored if not p.stays_whole]
-    now, bucket = largest_gather(cut), zero.prefetch_bucket_size
+    now, bucket = largest_gather(cut), prefetch_bucket(stored, zero)
     ahead = largest_run(cut, max_live(stored, zero)) if bucket else 0
     return max(now, ahead) + max(now, largest_run(cut, bucket))
 
@@ -356,10 +369,13 @@ def largest_run(stored: Sequence[Stored], elements: int) -> int:
 def gathered_bytes(stored: Iterable[Stored], *, recompute: float) -> int:
     """Bytes of all gathers of a micro-step, own pieces included, at most: forward, backward, and recomputed layers.
 
+    A layer that is gathered as one is there for its recomputation and its backward pass together.
+
     Args:
         recompute: share of the layers that are computed again; True is all of them.
     """
-    return sum(int(p.num_bytes * (p.uses + p.in_layer * recompute)) for p in stored if not p.stays_whole)
+    cut = [p for p in stored if not p.stays_whole]
+    return sum(int(p.num_bytes * (p.uses + (p.in_layer and p.gathered_with == p.module) * recompute)) for p in cut)
 
 
 def _dequantized_bytes(base: BaseShapes, job: JobConfig) -> int:

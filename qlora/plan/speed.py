@@ -137,15 +137,18 @@ def passes(base: BaseShapes, job: JobConfig, tokens: int, context: int, *, recom
     forward = [m.work(m.forward) for m in modules]
     backward: list[Work] = []
     for layer in reversed(_by_layer(modules)):
-        if recompute and layer[0].layer is not None:
+        again = recompute and layer[0].layer is not None
+        if again and len(layer) > 1:
             backward += [m.work(m.forward) for m in layer]
-        backward += [m.work(m.backward, m.backward_gathers) for m in reversed(layer)]
+        # A layer that is gathered as one is there for both.
+        more = layer[0].forward if again and len(layer) == 1 else 0.0
+        backward += [m.work(m.backward + more, m.backward_gathers) for m in reversed(layer)]
     return [work for work in (*forward, *backward) if work.flop or work.gathered]
 
 
 @dataclass(frozen=True)
 class _Module:
-    """A module of the base: FLOP forward and backward, and what is gathered of it, in forward once."""
+    """What is gathered by one hook, a layer or a module: FLOP forward and backward, and its bytes, in forward once."""
 
     path: str
     layer: str | None
@@ -154,6 +157,17 @@ class _Module:
     backward_gathers: int
     num_bytes: int
     elements: int
+
+    def beside(self, other: _Module) -> _Module:
+        """Both as one."""
+        return replace(
+            self,
+            forward=self.forward + other.forward,
+            backward=self.backward + other.backward,
+            backward_gathers=max(self.backward_gathers, other.backward_gathers),
+            num_bytes=self.num_bytes + other.num_bytes,
+            elements=self.elements + other.elements,
+        )
 
     def work(self, flop: float, gathers: int = 1) -> Work:
         return Work(self.path, flop, self.num_bytes * gathers, self.elements * gathers)
@@ -187,7 +201,13 @@ def _modules(base: BaseShapes, job: JobConfig, tokens: int, context: int) -> lis
         )  # fmt: skip
         if base.tied and tensor is not None and tensor.kind == "embedding":
             head = replace(made[-1], path="head", forward=4.0 * tokens * tensor.num_elements)
-    return [*made, head] if base.tied else made
+    hooks = {p.module: p.gathered_with for p in stored_parameters(base, job)}
+    merged: dict[str, _Module] = {}
+    for module in made:
+        hook = hooks[module.path]
+        before = merged.get(hook)
+        merged[hook] = replace(module, path=hook) if before is None else before.beside(module)
+    return [*merged.values(), head] if base.tied else list(merged.values())
 
 
 def _by_layer(modules: Sequence[_Module]) -> list[list[_Module]]:

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from qlora.distributed.gathers import gathers, num_bytes
+from qlora.distributed.gathers import gathers, num_bytes, prefetched_elements
 from qlora.distributed.runtime import Runtime
 from qlora.lora.kinds import WRAPPERS
 from qlora.objective.train_model import LossHead, TrainModel
@@ -56,7 +56,8 @@ def _zero_settings(runtime: Runtime) -> dict[str, Any]:
 
 def _gathered_bytes(train_model: TrainModel, runtime: Runtime) -> int:
     """Of parameters that are gathered at one time under ZeRO-3, and the copy that unpacking makes, at most."""
-    largest = max(num_bytes(together) for together in gathers(train_model, (*WRAPPERS, LossHead)))
+    leaves = (*WRAPPERS, LossHead)
+    largest = max(num_bytes(together) for together in gathers(train_model, leaves))
     # A packed weight's element is a byte, and most of what is gathered ahead is packed.
-    ahead = int(_zero_settings(runtime).get("stage3_prefetch_bucket_size", 0))
+    ahead = prefetched_elements(train_model, leaves, int(_zero_settings(runtime).get("stage3_prefetch_bucket_size", 0)))
     return 2 * min(largest + ahead, num_bytes(train_model.parameters()))
