@@ -36,9 +36,8 @@ def gathered_as_one(model: nn.Module, leaves: Sequence[type[nn.Module]]) -> list
     limit = min(LAYER_BYTES, max(map(num_bytes, single), default=0))
     found = (m for m in model.modules() if isinstance(m, GradientCheckpointingLayer))
     layers: set[nn.Module] = {layer for layer in found if _takes_hidden_states_alone(layer)}
-    inside = [parameter for layer in _outermost(model, layers) for parameter in layer.parameters()]
-    if len({id(p) for p in inside}) < len(inside):
-        layers = set()  # layers that share weights: who is done with them first cannot let go of them
+    if _share_weights(model, _outermost(model, layers)):
+        layers = set()  # who is done with them first cannot let go of them
     layers = {layer for layer in layers if num_bytes(layer.parameters()) <= limit}
     return _outermost(model, layers | {m for m in model.modules() if isinstance(m, tuple(leaves))})
 
@@ -74,7 +73,8 @@ def hand_over_hidden_states(module: nn.Module, args: tuple[Any, ...], kwargs: di
     if not args and "hidden_states" in kwargs:
         kwargs = dict(kwargs)
         args = (kwargs.pop("hidden_states"),)
-    if torch.is_grad_enabled() and any(isinstance(x, Tensor) and x.requires_grad for x in (*args[1:], *kwargs.values())):
+    others = [y for x in (*args[1:], *kwargs.values()) for y in (x if isinstance(x, tuple | list) else (x,))]
+    if torch.is_grad_enabled() and any(isinstance(x, Tensor) and x.requires_grad for x in others):
         raise RuntimeError(f"{type(module).__name__} is gathered as one and takes more with a gradient than hidden states")
     return args, kwargs
 
@@ -86,6 +86,14 @@ def _own(module: nn.Module, leaves: tuple[type[nn.Module], ...]) -> list[nn.Para
 def _takes_hidden_states_alone(layer: nn.Module) -> bool:
     first, *others = inspect.signature(layer.forward).parameters
     return first == "hidden_states" and WITHOUT_GRADIENT.issuperset(others)
+
+
+def _share_weights(model: nn.Module, layers: Sequence[nn.Module]) -> bool:
+    """Whether a weight of a layer is another layer's as well, or of a module outside of them."""
+    inside = [id(parameter) for layer in layers for parameter in layer.parameters()]
+    modules = {id(module) for layer in layers for module in layer.modules()}
+    outside = {id(p) for m in model.modules() if id(m) not in modules for p in m.parameters(recurse=False)}
+    return len(set(inside)) < len(inside) or not outside.isdisjoint(inside)
 
 
 def _outermost(model: nn.Module, chosen: set[nn.Module]) -> list[nn.Module]:

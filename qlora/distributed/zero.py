@@ -27,6 +27,7 @@ from deepspeed.utils import (
     z3_leaf_module,
 )
 from torch import Tensor, nn
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 from qlora.distributed.collectives import GATHER_BYTES, is_partitioned
 from qlora.distributed.engine import MASTER
@@ -255,7 +256,7 @@ def _link_state(zero: Any) -> None:
 def _gathered_states(parameters: dict[str, nn.Parameter]) -> Iterator[tuple[str, dict[str, Tensor]]]:
     """The whole optimizer state of each parameter, many by one collective; DeepSpeed's own getter starts one for each.
 
-    At most `GATHER_BYTES` and one parameter's state are whole at once, and what was yielded stays as it is.
+    At most `GATHER_BYTES` and one parameter's state are whole at once, and that parameter's once more as it is yielded.
     """
     batch: dict[str, Any] = {}
     size = 0
@@ -285,13 +286,14 @@ def _gathered_batch(parameters: dict[str, Any]) -> Iterator[tuple[str, dict[str,
     of_all = torch.empty(world_size * own.numel(), dtype=own.dtype, device=own.device)
     torch.distributed.all_gather_into_tensor(of_all, own)
     by_rank, at = of_all.view(world_size, -1), 0
-    found: dict[str, dict[str, Tensor]] = {name: {} for name in parameters}
-    for name, key, length in pieces:
-        parameter = parameters[name]
-        whole = by_rank[:, at : at + length].reshape(-1)[: parameter.ds_numel]
-        found[name][key] = whole.view(parameter.ds_shape)
-        at += length
-    yield from found.items()
+    for name, parameter in parameters.items():
+        found = {}
+        for key in _state_keys(parameter):
+            length = parameter.ds_tensor.numel()
+            whole = by_rank[:, at : at + length].reshape(-1)[: parameter.ds_numel]
+            found[key] = whole.view(parameter.ds_shape)
+            at += length
+        yield name, found
 
 
 def _state_keys(parameter: nn.Parameter) -> tuple[str, ...]:
@@ -327,15 +329,17 @@ def _keep_resident(optimizer: Any) -> list[Any]:
 
 
 def _leave_alone(offload: Any) -> None:
-    """Take DeepSpeed's hooks off every module that has nothing to gather: blocks, attention, MLPs, norms that stay whole.
+    """Take DeepSpeed's hooks off every module that has nothing to gather: attention, MLPs, norms that stay whole.
 
-    Four hooks and two autograd functions at each of them take the host's time and do nothing (0.19.8).
-    The outermost module keeps its own: what a module reaches for that is not its own is gathered for the innermost hook.
+    Four hooks and two autograd functions at each of them take the host's time and do nothing (0.19.8). Layers keep theirs,
+    because what recomputation gathers is on the account of the module whose backward is under way, until that is over; and
+    the outermost module: what a module reaches for that is not its own is gathered for the innermost hook.
     """
     idle = set()
     for module in offload.module.modules():
         own = [*module.parameters(recurse=z3_leaf_module(module)), *(p for _, p in module.ds_external_parameters())]
-        if module is not offload.module and all(p.ds_persist and not p.requires_grad for p in own):
+        keeps = module is offload.module or isinstance(module, GradientCheckpointingLayer)
+        if not keeps and all(p.ds_persist and not p.requires_grad for p in own):
             idle |= {id(module._forward_pre_hooks), id(module._forward_hooks)}
     for handle in (*offload.forward_hooks, *offload.backward_hooks):
         if id(handle.hooks_dict_ref()) in idle:

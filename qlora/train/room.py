@@ -59,5 +59,7 @@ def _gathered_bytes(train_model: TrainModel, runtime: Runtime) -> int:
     leaves = (*WRAPPERS, LossHead)
     largest = max(num_bytes(together) for together in gathers(train_model, leaves))
     # A packed weight's element is a byte, and most of what is gathered ahead is packed.
-    ahead = prefetched_elements(train_model, leaves, int(_zero_settings(runtime).get("stage3_prefetch_bucket_size", 0)))
+    ahead = int(_zero_settings(runtime).get("stage3_prefetch_bucket_size", 0))
+    if not runtime.accelerator.state.deepspeed_plugin.states_prefetch:
+        ahead = prefetched_elements(train_model, leaves, ahead)
     return 2 * min(largest + ahead, num_bytes(train_model.parameters()))

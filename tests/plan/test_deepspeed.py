@@ -9,6 +9,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from transformers import AutoConfig, AutoTokenizer, LlamaForCausalLM
 
 from qlora.config.load import load_config
 from qlora.plan.memory import ZeroSettings, gathered_at_once, largest_gather, max_live, plan_rank, stored_parameters
@@ -61,3 +63,23 @@ def test_a_rank_gathers_no_more_than_is_planned_and_not_much_less(tmp_path: Path
     assert 0.6 * planned < found["gathered"] <= planned
     stored = stored_parameters(base, job, SMALL)
     assert largest_gather(stored) < found["at_once"] <= gathered_at_once(stored, SMALL)
+
+
+@pytest.mark.long
+@pytest.mark.e2e
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_recomputation_lets_go_of_a_layer_before_the_next(tmp_path: Path, random_base: Path, reentrant: bool) -> None:
+    """Layers larger than all else are gathered linear layer by linear layer, and hold what they gather to their end."""
+    config = AutoConfig.from_pretrained(random_base)
+    config.update({"num_hidden_layers": 8, "intermediate_size": 1024, "vocab_size": 320})
+    base = tmp_path / "base"
+    torch.manual_seed(0)
+    LlamaForCausalLM._from_config(config, dtype=torch.bfloat16).save_pretrained(base)
+    AutoTokenizer.from_pretrained(random_base).save_pretrained(base)
+    kind = f"train.gradient_checkpointing_kwargs.use_reentrant={str(reentrant).lower()}"
+    overrides = [f"model.base={base}", "train.gradient_checkpointing=true", kind]
+    found = run(tmp_path, 3, ZeroSettings(prefetch_bucket_size=0, param_persistence_threshold=1_000), overrides)
+    stored = stored_parameters(read_shapes(base), load_config(tmp_path / "found.yaml", overrides))
+    assert not any(p.gathered_with != p.module for p in stored)
+    layer = sum(p.num_bytes for p in stored if ".layers.0." in p.module)
+    assert found["at_once"] < 2 * layer
