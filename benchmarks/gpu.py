@@ -153,8 +153,8 @@ def main() -> int:
     unknown = set(arguments.parts.split(",")) - set(gpu_parts.PLAN)
     if unknown:
         parser.error(f"no part is called {', '.join(sorted(unknown))}; there are {', '.join(gpu_parts.PLAN)}")
-    if arguments.minutes <= 0 or arguments.pairs < 1:
-        parser.error("--minutes is above 0, --pairs at least 1")
+    if arguments.minutes < 0 or arguments.pairs < 1:
+        parser.error("--minutes is not below 0, --pairs at least 1")
     with tempfile.TemporaryDirectory(dir=arguments.scratch) as text:
         (job := Path(text) / "job.yaml").write_text("{}\n")
         try:

@@ -164,8 +164,9 @@ class Gathered:
         return sorted({name for name, _, _ in self.noted})
 
     def held(self) -> dict[str, int]:
-        """Elements of the parameters that DeepSpeed has not let go of, or has gathered ahead."""
-        return {name: p.numel() for p, name in self.names.items() if p.numel() > 0}
+        """Elements of the parameters that DeepSpeed has not let go of, or gathers ahead, those on their way included."""
+        there = {p for p in self.names if p.numel() > 0 or p.ds_status.name != "NOT_AVAILABLE"}  # type: ignore[attr-defined]
+        return {name: p.ds_numel for p, name in self.names.items() if p in there}  # type: ignore[attr-defined]
 
     def leaked(self) -> dict[str, int]:
         """Bytes that are alive though their parameters have let go of them."""
@@ -198,7 +199,9 @@ def train(plan: dict[str, Any], runtime: Any, gradients_to: Path) -> dict[str, A
     from qlora.train.build import prepare_engine
 
     job = JobConfig.model_validate({"train": {"learning_rate": LEARNING_RATE, "max_grad_norm": 1e9}})
-    with laid_over(runtime.accelerator.state.deepspeed_plugin.deepspeed_config["zero_optimization"], plan["zero"]):
+    plugin = runtime.accelerator.state.deepspeed_plugin
+    plugin.states_prefetch = "stage3_prefetch_bucket_size" in plan["zero"]  # as where the DeepSpeed JSON says it
+    with laid_over(plugin.deepspeed_config["zero_optimization"], plan["zero"]):
         train_model = build(plan, runtime.sharding())
         engine: Any = prepare_engine(job, runtime, train_model)
     gathered = Gathered(train_model, patience=0.0 if plan["spoil"] else 3.0)

@@ -46,7 +46,9 @@ def main() -> None:
 
     job = load_config(Path(out).with_suffix(".yaml"), overrides)
     runtime = processes.start(per_device_batch_size=1, gradient_accumulation_steps=1, max_grad_norm=1.0)
-    runtime.accelerator.state.deepspeed_plugin.deepspeed_config["zero_optimization"] |= json.loads(changes)
+    plugin = runtime.accelerator.state.deepspeed_plugin
+    plugin.deepspeed_config["zero_optimization"] |= json.loads(changes)
+    plugin.states_prefetch = "stage3_prefetch_bucket_size" in json.loads(changes)
     _, train_model, _ = build_model(job, runtime)
     fours = [m for m in train_model.modules() if isinstance(m, Linear4bit)]
     parts = {id(m.weight): "packed weights" for m in fours} | {id(m.statistics): "statistics" for m in fours}
