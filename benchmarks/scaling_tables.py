@@ -17,7 +17,9 @@ from dataclasses import replace
 from pathlib import Path
 
 from qlora.config.schema import JobConfig
-from qlora.plan.memory import Mode, gathered_bytes, is_quantized, plan_rank, statistics_bytes, stored_parameters
+from qlora.plan.gathers import gathered_bytes
+from qlora.plan.memory import Mode, plan_rank
+from qlora.plan.parameters import is_quantized, statistics_bytes, stored_parameters
 from qlora.plan.shapes import BaseShapes, shapes_from_config
 from qlora.plan.speed import Machine, flop_per_token, step_time
 

@@ -95,7 +95,8 @@ def describe(
 ) -> dict[str, Any]:
     """Return what `--json` prints; sizes are bytes, of one rank."""
     from qlora.plan.activations import plan_activations
-    from qlora.plan.memory import is_quantized, recomputes, stored_parameters
+    from qlora.plan.memory import recomputes
+    from qlora.plan.parameters import is_quantized, stored_parameters
 
     num_quantized = sum(t.num_elements for t in base.tensors if is_quantized(t, job))
     bits = job.model.quantization.bits if job.model.quantization is not None else 4

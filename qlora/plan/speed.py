@@ -12,7 +12,9 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
 from qlora.config.schema import JobConfig
-from qlora.plan.memory import Mode, Stored, ZeroSettings, layer_of, max_live, plan_rank, recomputes, stored_parameters
+from qlora.plan.gathers import max_live
+from qlora.plan.memory import Mode, plan_rank, recomputes
+from qlora.plan.parameters import Stored, ZeroSettings, layer_of, stored_parameters
 from qlora.plan.shapes import BaseShapes
 
 _GRADIENT_BYTES = 4  # of A and B, whatever they are

@@ -13,7 +13,8 @@ import scaling
 from scaling_tables import BASES, shapes
 
 from qlora.config.schema import JobConfig
-from qlora.plan.memory import gathered_bytes, stored_parameters
+from qlora.plan.gathers import gathered_bytes
+from qlora.plan.parameters import stored_parameters
 from qlora.plan.speed import Machine, passes
 
 ROOT = Path(__file__).parents[2]

@@ -13,7 +13,9 @@ import torch
 from transformers import AutoConfig, AutoTokenizer, LlamaForCausalLM
 
 from qlora.config.load import load_config
-from qlora.plan.memory import ZeroSettings, gathered_at_once, largest_gather, max_live, plan_rank, stored_parameters
+from qlora.plan.gathers import gathered_at_once, largest_gather, max_live
+from qlora.plan.memory import plan_rank
+from qlora.plan.parameters import ZeroSettings, stored_parameters
 from qlora.plan.shapes import read_shapes
 
 ROOT = Path(__file__).parents[2]

@@ -19,8 +19,9 @@ from qlora.distributed.zero_config import fill_config
 from qlora.errors import AdapterError, ConfigError
 from qlora.lora.inject import inject_lora
 from qlora.ops.nf4 import QuantSpec
-from qlora.plan import memory
-from qlora.plan.memory import Stored, ZeroSettings, plan_rank, stored_parameters
+from qlora.plan.gathers import largest_gather, largest_run
+from qlora.plan.memory import modes_of, plan_rank
+from qlora.plan.parameters import Stored, ZeroSettings, adapted, by_hook, statistics_bytes, stored_parameters
 from qlora.plan.shapes import BaseShapes, TensorShape, read_shapes
 from qlora.quant.linear import Linear4bit, QuantizedLinear
 from qlora.quant.linear8bit import Linear8bit
@@ -142,7 +143,7 @@ def test_the_same_layers_are_adapted_or_refused_as_in_training(make_base: Callab
 
 def _planned(folder: Path, job: JobConfig) -> set[str]:
     stored_parameters(read_shapes(folder), job)
-    return memory.adapted(read_shapes(folder), job)
+    return adapted(read_shapes(folder), job)
 
 
 @given(
@@ -154,7 +155,7 @@ def _planned(folder: Path, job: JobConfig) -> set[str]:
 def test_statistics_are_those_of_the_format(num_weights: int, block_size: int, double_quant: bool) -> None:
     config = QuantizationConfig.model_validate({"block_size": block_size, "double_quant": double_quant})
     spec = QuantSpec("nf4", block_size, double_quant)
-    assert memory.statistics_bytes(num_weights, config) == spec.statistics_bytes(num_weights)
+    assert statistics_bytes(num_weights, config) == spec.statistics_bytes(num_weights)
 
 
 @pytest.mark.parametrize("ranks", [1, 2, 3, 7, 64])
@@ -189,7 +190,7 @@ def test_stages_share_out_one_thing_more_each() -> None:
 
 def test_what_deepspeed_cannot_shard_is_refused_as_in_training() -> None:
     job = job_of(train={"optimizer": "adamw_8bit"})
-    assert memory.modes_of(job, 8) == ["ddp"]
+    assert modes_of(job, 8) == ["ddp"]
     assert plan_rank(read_shapes(TINY), job, "ddp", 8).kept["optimizer"] == 2 * 473_088
     with pytest.raises(ConfigError, match="not sharded"):
         plan_rank(read_shapes(TINY), job, "zero2", 8)
@@ -226,7 +227,7 @@ def test_the_largest_run_by_trying_all() -> None:
             run = stored[first:end]
             if any(sum(p.elements for p in part) < limit for part in (run[:-1], run[1:])):
                 most = max(most, sum(p.num_bytes for p in run))
-        assert memory.largest_run(stored, limit) == most
+        assert largest_run(stored, limit) == most
 
 
 def test_more_layers_than_there_are_cannot_be_computed_again() -> None:
@@ -243,9 +244,9 @@ def test_layers_are_gathered_as_one_where_something_else_is_as_large(head: int, 
         return Stored(path, "unquantized", elements, 1, 2, in_layer, False)
 
     layers = [stored(f"m.layers.{layer}.{name}", 4) for layer in range(2) for name in "ab"]
-    found = memory._by_hook([*layers, stored("head", head, in_layer=False)])
+    found = by_hook([*layers, stored("head", head, in_layer=False)])
     assert hooks <= {p.gathered_with for p in found}
-    assert memory.largest_gather(found) == head
+    assert largest_gather(found) == head
 
 
 def test_gathers_by_hand() -> None:
@@ -264,7 +265,7 @@ def test_gathers_by_hand() -> None:
     nothing_whole = ZeroSettings(param_persistence_threshold=0)
     up = 128 + (4 + 4 + 4) + 4 * (4 + 64)  # packed, statistics of 4 blocks, A and B
     stored = stored_parameters(base, job, nothing_whole)
-    assert memory.largest_gather(stored) == up
+    assert largest_gather(stored) == up
     assert plan_rank(base, job, "zero3", 4, nothing_whole).gathered == (80 + 2 * (up + 8) + 80) * 3 // 4
     recomputed = job_of(lora=job.lora.model_dump(), data={"max_length": 100}, train={"per_device_train_batch_size": 3})
     rank = plan_rank(base, recomputed, "zero3", 4, nothing_whole)

@@ -10,7 +10,8 @@ import pytest
 
 from qlora.assets import tiny_path
 from qlora.config.schema import JobConfig
-from qlora.plan.memory import gathered_bytes, stored_parameters
+from qlora.plan.gathers import gathered_bytes
+from qlora.plan.parameters import stored_parameters
 from qlora.plan.shapes import BaseShapes, read_shapes, shapes_from_config
 from qlora.plan.speed import Machine, Work, flop_per_token, passes, step_time, waited_seconds
 
