@@ -28,10 +28,11 @@ from qlora.adapter.merge_weight import Rows, equal, of_file, of_tensor
 from qlora.adapter.read import WEIGHTS_NAME, AdapterFile, refuse
 from qlora.distributed.sharding import Sharding
 from qlora.errors import AdapterError
+from qlora.quant.fillings import Filling
 from qlora.quant.linear import QuantizedLinear
 from qlora.quant.prepare import keeps_alignment, plan_quantized
 from qlora.quant.shards import TensorEntry
-from qlora.quant.skeleton import Filling, Skeleton
+from qlora.quant.skeleton import Skeleton
 from qlora.quant.write import Planned
 
 DEQUANTIZED, ORIGINAL, QUANTIZED = "dequantized", "original", "quantized"

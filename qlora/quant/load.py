@@ -19,10 +19,11 @@ from qlora.distributed.sharding import Sharding
 from qlora.ops import int8, nf4
 from qlora.quant import room
 from qlora.quant.fill import all_rows, all_scales, quantize_rows_run, quantize_run, quantize_transpose, read_run
+from qlora.quant.fillings import Filling
 from qlora.quant.grow import grow_vocabulary
 from qlora.quant.linear import Linear4bit, QuantizedLinear
 from qlora.quant.residual import InitialFactors, Method, change_base
-from qlora.quant.skeleton import Filling, Skeleton, check_shape, read_skeleton
+from qlora.quant.skeleton import Skeleton, check_shape, read_skeleton
 from qlora.quant.source import BaseSource
 
 

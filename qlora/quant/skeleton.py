@@ -6,10 +6,8 @@ that differ from the config's, tensors that are missing.
 
 from __future__ import annotations
 
-import math
 import re
-from copy import deepcopy
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -20,29 +18,13 @@ from qlora.config.schema import QuantizationConfig
 from qlora.errors import BaseModelError, ConfigError
 from qlora.ops.nf4 import QuantSpec
 from qlora.quant import shards
+from qlora.quant.fillings import Filling, match_tensors
 from qlora.quant.linear import Linear4bit, QuantizedLinear
 from qlora.quant.linear8bit import Linear8bit
 from qlora.quant.pickled import read_pickled_entries
-from qlora.quant.prequantized import Prequantized, as_stored, entries_beside, find_prequantized, stated_quantization
-from qlora.quant.shards import JoinedEntry, TensorEntry
+from qlora.quant.prequantized import as_stored, entries_beside, find_prequantized, stated_quantization
+from qlora.quant.shards import TensorEntry
 from qlora.quant.source import BaseSource
-
-
-@dataclass
-class Filling:
-    """Which tensors of the files make one parameter or buffer of the model.
-
-    Attributes:
-        entries: by the order of their names; the last one counts where the tensor is used as it is.
-        converter: a transformers WeightConverter that makes the tensor of several; None where it is used as it is.
-        joined: the same tensor as its entries one after another, where it is no more than that.
-        came: the weight is quantized already.
-    """
-
-    entries: list[TensorEntry] = field(default_factory=list)
-    converter: Any = None
-    joined: JoinedEntry | None = None
-    came: Prequantized | None = None
 
 
 @dataclass
@@ -101,7 +83,7 @@ def read_skeleton(
     model = _build(source, dtype, attention)
     pickled = source.fingerprint is None
     entries = read_pickled_entries(source.folder) if pickled else shards.read_entries(source.folder)
-    fillings, unexpected = _match(model, entries)
+    fillings, unexpected = match_tensors(model, entries)
     unquantized: dict[str, str] = {}
     if found is not None:
         unexpected = _place_prequantized(model, fillings, entries, unexpected, dtype)
@@ -141,56 +123,6 @@ def _build(source: BaseSource, dtype: torch.dtype, attention: str) -> Any:
             place=str(source.folder / "config.json"),
             wanted="a causal language model that transformers knows without remote code",
         ) from error
-
-
-def _match(model: Any, entries: dict[str, TensorEntry]) -> tuple[dict[str, Filling], list[str]]:
-    """Assign the files' tensors to the model's, by transformers' own renaming rules for this architecture."""
-    from transformers.conversion_mapping import get_model_conversion_mapping
-    from transformers.core_model_loading import WeightConverter, WeightRenaming, dot_natural_key, rename_source_key
-
-    transforms = get_model_conversion_mapping(model)
-    renamings = [item for item in transforms if isinstance(item, WeightRenaming)]
-    converters = [item for item in transforms if isinstance(item, WeightConverter)]
-    by_pattern = {pattern: item for item in converters for pattern in item.source_patterns}
-    wanted = model.state_dict()
-    fillings: dict[str, Filling] = {}
-    by_source: dict[str, dict[str, list[TensorEntry]]] = {}
-    unexpected = []
-    for name in sorted(entries, key=dot_natural_key):
-        key, pattern = rename_source_key(name, renamings, converters, model.base_model_prefix, wanted)
-        if key not in wanted:
-            plain, _ = rename_source_key(name, [], [], model.base_model_prefix, wanted)
-            key, pattern = (plain, None) if plain in wanted else (key, pattern)
-        if key not in wanted:
-            unexpected.append(name)
-            continue
-        filling = fillings.setdefault(key, Filling())
-        filling.entries.append(entries[name])
-        if pattern is not None:
-            filling.converter = filling.converter or deepcopy(by_pattern[pattern])
-            filling.converter.add_tensor(key, name, pattern, entries[name].read_whole)
-            by_source.setdefault(key, {}).setdefault(pattern, []).append(entries[name])
-    for key, sources in by_source.items():
-        fillings[key].joined = _join(fillings[key].converter, sources, tuple(wanted[key].shape))
-    return fillings, unexpected
-
-
-def _join(converter: Any, sources: dict[str, list[TensorEntry]], shape: tuple[int, ...]) -> JoinedEntry | None:
-    """A converted tensor as its sources one after another; None where the converter does something else.
-
-    Stacking experts, and then joining the rows of each one's gate and up projection, is to lay out expert by expert what
-    belongs to it, in the order of the sources.
-    """
-    from transformers.core_model_loading import Concatenate, MergeModulelist
-
-    does = [(type(operation), operation.dim) for operation in converter.operations if hasattr(operation, "dim")]
-    known = ([(MergeModulelist, 0)], [(MergeModulelist, 0), (Concatenate, 1)])
-    lists = [sources.get(pattern, []) for pattern in converter.source_patterns]
-    if len(does) != len(converter.operations) or does not in known or len({len(entries) for entries in lists}) != 1:
-        return None
-    parts = tuple(entry for expert in zip(*lists, strict=True) for entry in expert)
-    whole = sum(part.num_elements for part in parts) == math.prod(shape)
-    return JoinedEntry(parts, shape) if whole and len({part.dtype for part in parts}) == 1 else None
 
 
 def _place_quantized(model: Any, config: QuantizationConfig, dtype: torch.dtype) -> dict[str, str]:

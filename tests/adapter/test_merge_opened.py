@@ -24,10 +24,11 @@ from qlora.distributed import runtime as processes
 from qlora.errors import AdapterError, BaseModelError
 from qlora.infer.generate import open_for_inference
 from qlora.lora.inject import inject_lora
+from qlora.quant.fillings import Filling
 from qlora.quant.load import load_model
 from qlora.quant.prepare import run_prepare
 from qlora.quant.shards import JoinedEntry
-from qlora.quant.skeleton import Filling, read_skeleton
+from qlora.quant.skeleton import read_skeleton
 from qlora.quant.source import MERGED_NAME, resolve_base
 
 MakeBase = Callable[..., Path]

@@ -19,9 +19,11 @@ from qlora.config.schema import QuantizationConfig
 from qlora.errors import BaseModelError, ConfigError
 from qlora.model_files import find_weight_files
 from qlora.ops import nf4, nf4_format
-from qlora.quant import shards
+from qlora.quant import fillings, shards
+from qlora.quant.fillings import match_by_rules, match_tensors
 from qlora.quant.linear import Linear4bit
 from qlora.quant.load import load_model
+from qlora.quant.skeleton import read_skeleton
 from qlora.quant.source import resolve_base
 
 MakeBase = Callable[..., Path]
@@ -77,6 +79,24 @@ def test_unquantized_logits_are_those_of_transformers(make_base: MakeBase, archi
     with torch.no_grad():
         assert torch.equal(ours(IDS).logits, theirs(IDS).logits)
     assert ours.qlora_base.quantized == ours.qlora_base.unexpected == ()
+
+
+def test_files_that_name_tensors_as_the_model_does_need_no_rules(make_base: MakeBase, architecture: str) -> None:
+    """Names alone give what transformers' rules give, for the files of every architecture that has all names in common."""
+    model = read_skeleton(resolve_base(str(make_base(architecture))), torch.bfloat16, None).model
+    entries = shards.read_entries(make_base(architecture))
+    found, unexpected = match_tensors(model, entries)
+    by_rules, also_unexpected = match_by_rules(model, entries, model.state_dict())
+    assert list(found) == list(by_rules)
+    assert {key: filling.entries for key, filling in found.items()} == {
+        key: filling.entries for key, filling in by_rules.items()
+    }
+    assert unexpected == also_unexpected == []
+
+
+def test_a_base_of_usual_names_is_read_without_rules(make_base: MakeBase, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(fillings, "match_by_rules", None)
+    assert load(make_base("llama")).qlora_base.unexpected == ()
 
 
 def test_4bit_layers_are_those_of_transformers(make_base: MakeBase, architecture: str, tmp_path: Path) -> None:
