@@ -1,4 +1,4 @@
-"""DeepSpeed ZeRO: a base in shares, whole tensors out of them, the engine, optimizer state by name.
+"""DeepSpeed ZeRO: a base in shares, whole tensors out of them, the engine.
 
 The only file that imports deepspeed.
 """
@@ -16,31 +16,18 @@ from typing import Any
 import deepspeed
 import torch
 from deepspeed.runtime.zero.parameter_offload import FWD_MODULE_STACK
-from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus
-from deepspeed.utils import (
-    nvtx,
-    safe_get_full_fp32_param,
-    safe_get_full_optimizer_state,
-    safe_get_local_fp32_param,
-    safe_get_local_optimizer_state,
-    set_z3_leaf_module,
-    z3_leaf_module,
-)
+from deepspeed.utils import nvtx, set_z3_leaf_module
 from torch import Tensor, nn
-from transformers.modeling_layers import GradientCheckpointingLayer
 
-from qlora.distributed.collectives import GATHER_BYTES, is_partitioned
-from qlora.distributed.engine import MASTER
+from qlora.distributed.collectives import is_partitioned
 from qlora.distributed.gathers import gathered_as_one, gathers, hand_over_hidden_states, prefetched_elements
 from qlora.distributed.mapped import move_to_file
 from qlora.distributed.offload import device_of
+from qlora.distributed.optimizer_shares import set_share, whole_states
+from qlora.distributed.resident import gather_resident, keep_resident
 from qlora.distributed.saved import without_gathered_weights
 from qlora.distributed.sharding import Sharding, Together
 from qlora.distributed.zero_config import without_training
-
-# What stays whole on every rank is gathered after a step by so many elements at once; twice their bytes for a moment.
-RESIDENT_BUCKET = 50_000_000
-_MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
 def prepare_environment() -> None:
@@ -144,7 +131,7 @@ def for_inference(model: nn.Module, plugin: Any, leaves: Sequence[type]) -> Iter
     mark_leaves(model, leaves, plugin)
     config = without_training(plugin.deepspeed_config)
     engine, *_ = deepspeed.initialize(model=model, config=config)
-    _keep_resident(engine.optimizer)
+    keep_resident(engine.optimizer)
     try:
         with without_gathered_weights(lambda p: gathered([p])):
             yield
@@ -168,7 +155,7 @@ class ZeroEngine:
         # Stages 1 and 2 skip a gradient that is not finite, but where adapters are bfloat16 only when told (0.19.8).
         if hasattr(model.optimizer, "check_grad_overflow"):
             model.optimizer.check_grad_overflow = model.optimizer.dtype == torch.bfloat16
-        self._resident = _keep_resident(model.optimizer) if self._is_sharded else []
+        self._resident = keep_resident(model.optimizer) if self._is_sharded else []
 
     @contextmanager
     def micro_step(self, *, last: bool) -> Iterator[None]:
@@ -187,7 +174,7 @@ class ZeroEngine:
         for group in self.model.optimizer.param_groups:
             group["lr"] = learning_rate * group.get("lr_ratio", 1.0)
         self.model.step()
-        _gather_resident(self._resident)
+        gather_resident(self._resident)
         norm = float(self.model.get_global_grad_norm())
         # DeepSpeed says infinite, or -1, of a norm that is not finite, and has skipped the update then (0.19.8).
         return torch.tensor(norm if norm >= 0 else float("nan"))
@@ -199,22 +186,13 @@ class ZeroEngine:
         if not self._state_is_linked:
             _link_state(self.model.optimizer)
             self._state_is_linked = True
-        if self._is_sharded:
-            yield from _gathered_states({name: self.parameters[name] for name in names})
-            return
-        for name in names:
-            parameter = self.parameters[name]
-            state = {key: safe_get_full_optimizer_state(parameter, key) for key in _MOMENTS}
-            if parameter.dtype != torch.float32:
-                state[MASTER] = safe_get_full_fp32_param(parameter)
-            yield name, {key: value.detach().reshape(parameter.shape) for key, value in state.items()}
+        yield from whole_states({name: self.parameters[name] for name in names})
 
     def load_optimizer_state(self, states: dict[str, dict[str, Tensor]], step: int) -> None:
         self._materialize(step)
         for name, state in states.items():
             for key, value in state.items():
-                # DeepSpeed's name for the fp32 copy is None.
-                _set_share(self.parameters[name], None if key == MASTER else key, value)
+                set_share(self.parameters[name], key, value)
 
     def loss_scale(self) -> dict[str, float] | None:
         return None
@@ -251,127 +229,3 @@ def _link_state(zero: Any) -> None:
     if link is not None:
         zero._hp_optimizer_states_linked = False
         link()
-
-
-def _gathered_states(parameters: dict[str, nn.Parameter]) -> Iterator[tuple[str, dict[str, Tensor]]]:
-    """The whole optimizer state of each parameter, many by one collective; DeepSpeed's own getter starts one for each.
-
-    At most `GATHER_BYTES` and one parameter's state are whole at once, and that parameter's once more as it is yielded.
-    """
-    batch: dict[str, Any] = {}
-    size = 0
-    for name, parameter in parameters.items():
-        batch[name] = parameter
-        size += parameter.ds_numel * 4 * len(_state_keys(parameter))  # type: ignore[attr-defined]
-        if size >= GATHER_BYTES:
-            yield from _gathered_batch(batch)
-            batch, size = {}, 0
-    if batch:
-        yield from _gathered_batch(batch)
-
-
-def _gathered_batch(parameters: dict[str, Any]) -> Iterator[tuple[str, dict[str, Tensor]]]:
-    pieces = [(name, key, p.ds_tensor.numel()) for name, p in parameters.items() for key in _state_keys(p)]
-    own: Tensor | None = None
-    at = 0
-    for name, key, length in pieces:
-        parameter = parameters[name]
-        share = safe_get_local_fp32_param(parameter) if key == MASTER else safe_get_local_optimizer_state(parameter, key)
-        if own is None:
-            own = torch.empty(sum(length for *_, length in pieces), dtype=share.dtype, device=share.device)
-        own[at : at + length].copy_(share.detach())  # now: a share that was read from a disk lies where the next one will
-        at += length
-    assert own is not None
-    world_size = torch.distributed.get_world_size()
-    of_all = torch.empty(world_size * own.numel(), dtype=own.dtype, device=own.device)
-    torch.distributed.all_gather_into_tensor(of_all, own)
-    by_rank, at = of_all.view(world_size, -1), 0
-    for name, parameter in parameters.items():
-        found = {}
-        for key in _state_keys(parameter):
-            length = parameter.ds_tensor.numel()
-            whole = by_rank[:, at : at + length].reshape(-1)[: parameter.ds_numel]
-            found[key] = whole.view(parameter.ds_shape)
-            at += length
-        yield name, found
-
-
-def _state_keys(parameter: nn.Parameter) -> tuple[str, ...]:
-    return _MOMENTS if parameter.dtype == torch.float32 else (*_MOMENTS, MASTER)
-
-
-def _keep_resident(optimizer: Any) -> list[Any]:
-    """Keep what is small and hardly grows with the base whole on every rank, where DeepSpeed goes by size alone.
-
-    Norms and biases stay, whose gathers would cost more than they weigh, and then what trains, as far as the budget goes.
-    The scales of 4-bit weights do not: they are a 64th of the base.
-
-    Returns:
-        What stays, whole from now on; a step cuts it all the same, and is to be followed by `_gather_resident`.
-    """
-    offload = getattr(optimizer, "parameter_offload", optimizer)
-    limit, budget = offload.param_numel_persistence_threshold, offload.model_persistence_threshold
-    for parameter in offload.persistent_parameters:
-        parameter.ds_persist = False
-    small: list[Any] = [p for p in offload.module.parameters() if p.ds_numel <= limit]
-    vectors = [p for p in small if not p.requires_grad and len(p.ds_shape) == 1 and p.is_floating_point()]
-    chosen = []
-    for parameter in [*vectors, *(p for p in small if p.requires_grad)]:
-        if parameter.ds_numel <= budget:
-            budget -= parameter.ds_numel
-            parameter.ds_persist = True
-            chosen.append(parameter)
-    offload.persistent_parameters = chosen
-    optimizer.persistent_parameters = []
-    _gather_resident(chosen)
-    _leave_alone(offload)
-    return chosen
-
-
-def _leave_alone(offload: Any) -> None:
-    """Take DeepSpeed's hooks off every module that has nothing to gather: attention, MLPs, norms that stay whole.
-
-    Four hooks and two autograd functions at each of them take the host's time and do nothing (0.19.8). Layers keep theirs,
-    because what recomputation gathers is on the account of the module whose backward is under way, until that is over; and
-    the outermost module: what a module reaches for that is not its own is gathered for the innermost hook.
-    """
-    idle = set()
-    for module in offload.module.modules():
-        own = [*module.parameters(recurse=z3_leaf_module(module)), *(p for _, p in module.ds_external_parameters())]
-        keeps = module is offload.module or isinstance(module, GradientCheckpointingLayer)
-        if not keeps and all(p.ds_persist and not p.requires_grad for p in own):
-            idle |= {id(module._forward_pre_hooks), id(module._forward_hooks)}
-    for handle in (*offload.forward_hooks, *offload.backward_hooks):
-        if id(handle.hooks_dict_ref()) in idle:
-            handle.remove()
-
-
-@torch.no_grad()
-def _gather_resident(parameters: list[Any]) -> None:
-    """Make whole what is cut. Collective where anything is, and it is on all ranks alike.
-
-    DeepSpeed 0.19.8 would do it by one collective for every parameter, two for each adapted layer and one for each norm.
-    """
-    waiting = [p for p in parameters if p.ds_status == ZeroParamStatus.NOT_AVAILABLE]
-    while waiting:
-        together, num_elements = 0, 0
-        while together < len(waiting) and (not together or num_elements + waiting[together].ds_numel <= RESIDENT_BUCKET):
-            num_elements += waiting[together].ds_numel
-            together += 1
-        waiting[0].all_gather_coalesced(waiting[:together]).wait()
-        del waiting[:together]
-
-
-def _set_share(parameter: nn.Parameter, key: str | None, whole: Tensor) -> None:
-    """Write this rank's share of a whole optimizer state tensor, or of the fp32 copy (None)."""
-    if not is_partitioned(parameter):
-        parameter.set_full_hp_param(whole, key)  # type: ignore[attr-defined]
-        return
-    # DeepSpeed's own setter for whole tensors cuts past the end on the last rank where the number of elements is no
-    # multiple of the number of ranks (0.19.8), so the padded share is cut here and set locally.
-    share = parameter.ds_tensor.numel()  # type: ignore[attr-defined]
-    rank, world_size = torch.distributed.get_rank(), torch.distributed.get_world_size()
-    padded = torch.zeros(share * world_size, dtype=torch.float32)
-    padded[: whole.numel()] = whole.reshape(-1)
-    own = padded[share * rank : share * (rank + 1)]
-    parameter._z3_optimizer.set_local_hp_param(own.to(whole.device), parameter, key)  # type: ignore[attr-defined]

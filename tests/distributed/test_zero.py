@@ -11,7 +11,7 @@ import torch
 from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus
 from torch import nn
 
-from qlora.distributed import zero
+from qlora.distributed import resident, zero
 
 
 @pytest.mark.parametrize(("said", "wanted"), [(1.5, 1.5), (torch.tensor(0.0), 0.0), (-1.0, math.nan)])
@@ -30,7 +30,7 @@ def test_minus_one_is_no_gradient_norm(said: Any, wanted: float) -> None:
 
 def test_what_a_step_has_cut_is_gathered_by_few_collectives(monkeypatch: pytest.MonkeyPatch) -> None:
     """Together as many as a bucket holds, in one order on all ranks, and nothing that is whole, as after a skipped step."""
-    monkeypatch.setattr(zero, "RESIDENT_BUCKET", 100)
+    monkeypatch.setattr(resident, "RESIDENT_BUCKET", 100)
     calls: list[list[int]] = []
 
     class Parameter:
@@ -50,7 +50,7 @@ def test_what_a_step_has_cut_is_gathered_by_few_collectives(monkeypatch: pytest.
 
     parameters = [Parameter(n) for n in (60, 40, 1, 150, 30, 30)]
     parameters[4].ds_status = ZeroParamStatus.AVAILABLE
-    zero._gather_resident(parameters)
+    resident.gather_resident(parameters)
     assert calls == [[60, 40], [1], [150], [30]]
-    zero._gather_resident(parameters)
+    resident.gather_resident(parameters)
     assert len(calls) == 4
