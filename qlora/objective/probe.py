@@ -26,20 +26,42 @@ DOCUMENT_TOKENS = (6, 5)
 LOGIT_TOLERANCE = 0.02
 
 
-def reproduces_logits(model: Any, decoder: nn.Module, head: Callable[[Tensor], Tensor]) -> bool:
-    """Whether the head, applied to the decoder's last hidden states, gives the model's own logits."""
+@contextmanager
+def outputs_of(module: nn.Module) -> Iterator[list[Any]]:
+    """What a module's forward passes inside the context give, the last one last."""
     outputs: list[Any] = []
-    handle = decoder.register_forward_hook(lambda _module, _args, output: outputs.append(output))
+    handle = module.register_forward_hook(lambda _module, _args, output: outputs.append(output))
     try:
-        with _in_eval_mode(model), torch.no_grad():
-            logits = model(input_ids=_some_tokens(model).input_ids_BT, use_cache=False).logits.float()
-            hidden = getattr(outputs[0], "last_hidden_state", None) if outputs else None
-            if hidden is None or hidden.shape[:-1] != logits.shape[:-1]:
-                return False
-            found = head(hidden).float()
+        yield outputs
     finally:
         handle.remove()
-    return bool((found - logits).abs().max() <= LOGIT_TOLERANCE * logits.abs().max())
+
+
+def run(model: Any) -> None:
+    """A plain forward pass of the whole model. Collective where ranks keep shares of it."""
+    with _in_eval_mode(model), torch.no_grad():
+        model(input_ids=_some_tokens(model).input_ids_BT, use_cache=False)
+
+
+def logits_of(model: Any, decoder: nn.Module, output: Any) -> Tensor:
+    """The logits (B, T, V), fp32, that the model makes of its decoder's output. Collective as `run` is.
+
+    The model's own forward runs, but for the decoder, whose layers are most of it and have run before.
+    """
+    before = vars(decoder).get("forward")
+    decoder.forward = lambda *_args, **_kwargs: output
+    try:
+        with _in_eval_mode(model), torch.no_grad():
+            return model(input_ids=_some_tokens(model).input_ids_BT, use_cache=False).logits.float()
+    finally:
+        del decoder.forward
+        if before is not None:
+            decoder.forward = before
+
+
+def makes(logits: Tensor, found: Tensor) -> bool:
+    """Whether logits (..., V) of ours are the model's own, to rounding."""
+    return bool((found.float() - logits).abs().max() <= LOGIT_TOLERANCE * logits.abs().max())
 
 
 def documents_stay_apart(model: Any, hidden_states: Callable[[Batch], Tensor]) -> bool:

@@ -42,14 +42,19 @@ class LossHead(nn.Module):
         """What is made of the head's product before the loss."""
         return LogitForm(self.logit_factor, self.soft_cap, self.z_loss)
 
-    def agrees_with(self, model: Any) -> bool:
-        """Whether this head gives the model's own logits; inverts the factor where that does it.
+    def agrees_with(self, model: Any, output: Any) -> bool:
+        """Whether this head gives the model's own logits of its decoder's output; inverts the factor where that does it.
 
         Some architectures multiply by what others of the same name divide by.
         """
+        hidden = getattr(output, "last_hidden_state", None)
+        logits = probe.logits_of(model, model.get_decoder(), output)
+        if hidden is None or hidden.shape[:-1] != logits.shape[:-1]:
+            return False
         for _ in range(2):
-            if probe.reproduces_logits(model, model.get_decoder(), lambda hidden: self(hidden, None)):
-                return True
+            with torch.no_grad():
+                if probe.makes(logits, self(hidden, None)):
+                    return True
             self.logit_factor = 1.0 / self.logit_factor
         return False
 
@@ -130,8 +135,18 @@ class TrainModel(nn.Module):
         if self._is_settled or any(p.is_meta for p in self.model.parameters()):
             return
         self._is_settled = True
-        if self.loss_head is not None and not self.loss_head.agrees_with(self.model):
+        if self.loss_head is None:
+            self._choose_attention()
+            return
+        with probe.outputs_of(self.model.get_decoder()) as outputs:
+            self._choose_attention()
+            if not outputs:  # packed rows cannot be computed at all
+                probe.run(self.model)
+        if not self.loss_head.agrees_with(self.model, outputs[-1]):
             self.loss_head = None
+            self._choose_attention()  # documents are to stay apart on the whole way to the logits then
+
+    def _choose_attention(self) -> None:
         for name in self._attentions:
             self._set_attention(name)
             self.packing_refused = self._why_not_packed()
