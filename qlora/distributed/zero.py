@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import logging
 import warnings
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
@@ -16,18 +16,19 @@ from typing import Any
 import deepspeed
 import torch
 from deepspeed.runtime.zero.parameter_offload import FWD_MODULE_STACK
+from deepspeed.runtime.zero.partition_parameters import MultipleAllGatherHandles
 from deepspeed.utils import nvtx, set_z3_leaf_module
 from torch import Tensor, nn
 
 from qlora.distributed.collectives import is_partitioned
-from qlora.distributed.gathers import gathered_as_one, gathers, hand_over_hidden_states, prefetched_elements
+from qlora.distributed.gathers import gathered_as_one, gathers, hand_over_hidden_states, num_bytes, prefetched_elements
 from qlora.distributed.mapped import move_to_file
 from qlora.distributed.offload import device_of
 from qlora.distributed.optimizer_shares import set_share, whole_states
 from qlora.distributed.resident import gather_resident, keep_resident
 from qlora.distributed.saved import without_gathered_weights
 from qlora.distributed.sharding import Sharding, Together
-from qlora.distributed.zero_config import without_training
+from qlora.distributed.zero_config import ALONE_BYTES, without_training
 
 
 def prepare_environment() -> None:
@@ -72,6 +73,27 @@ def mark_leaves(model: nn.Module, classes: Sequence[type[nn.Module]], plugin: An
     if stated.get("stage3_max_live_parameters", "auto") == "auto":
         largest = max(sum(getattr(p, "ds_numel", p.numel()) for p in together) for together in gathers(model, classes))
         stated["stage3_max_live_parameters"] = largest + stated["stage3_prefetch_bucket_size"]
+
+
+def gather_large_alone(model: nn.Module) -> None:
+    """Let no tensor above `ALONE_BYTES` come together with others. Rank-local, and the same on all ranks.
+
+    DeepSpeed (0.19.8) lays what it gathers at one time side by side and unpacks it by copying, so that a head is there twice
+    for a moment. A tensor that comes by itself is received where it is used. After `deepspeed.initialize`, which takes the
+    last parameters over.
+    """
+    for parameter in filter(is_partitioned, model.parameters()):
+        gather = parameter.all_gather_coalesced  # type: ignore[attr-defined]
+        parameter.all_gather_coalesced = partial(_gather_large_alone, gather)  # type: ignore[attr-defined]
+
+
+def _gather_large_alone(gather: Callable[..., Any], parameters: Iterable[Any], **kwargs: Any) -> Any:
+    in_order = sorted(parameters, key=lambda p: p.ds_id)  # DeepSpeed hands over sets
+    large = [p for p in in_order if num_bytes([p]) > ALONE_BYTES]
+    others = [p for p in in_order if num_bytes([p]) <= ALONE_BYTES]
+    together = [others, *([p] for p in large)] if others else [[p] for p in large]
+    handles = [gather(some, **kwargs) for some in together]
+    return handles[0] if len(handles) == 1 else MultipleAllGatherHandles(handles)
 
 
 def _ask_for_input_gradient(module: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...] | None:
@@ -131,6 +153,7 @@ def for_inference(model: nn.Module, plugin: Any, leaves: Sequence[type]) -> Iter
     mark_leaves(model, leaves, plugin)
     config = without_training(plugin.deepspeed_config)
     engine, *_ = deepspeed.initialize(model=model, config=config)
+    gather_large_alone(model)
     keep_resident(engine.optimizer)
     try:
         with without_gathered_weights(lambda p: gathered([p])):
@@ -155,6 +178,7 @@ class ZeroEngine:
         # Stages 1 and 2 skip a gradient that is not finite, but where adapters are bfloat16 only when told (0.19.8).
         if hasattr(model.optimizer, "check_grad_overflow"):
             model.optimizer.check_grad_overflow = model.optimizer.dtype == torch.bfloat16
+        gather_large_alone(model.module)
         self._resident = keep_resident(model.optimizer) if self._is_sharded else []
 
     @contextmanager

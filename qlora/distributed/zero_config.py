@@ -15,6 +15,8 @@ PREFETCH_BUCKET = 50_000_000
 # Layers of a model are gathered as one up to so many bytes: one of 70B has 0.46 GB. Larger ones take long enough to compute
 # for a hook at each of their modules.
 LAYER_BYTES = 1 << 29
+# Larger tensors, such as most heads and embeddings, are not gathered together with others, which would copy them.
+ALONE_BYTES = 1 << 29
 
 # What a DeepSpeed JSON leaves open at stage 3. Sizes are in elements; a packed 4-bit element is a byte of two weights.
 STAGE3 = {

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
 
-from qlora.distributed.zero_config import PREFETCH_BUCKET
+from qlora.distributed.zero_config import ALONE_BYTES, PREFETCH_BUCKET
 from qlora.plan.parameters import Stored, ZeroSettings
 
 
@@ -41,12 +41,13 @@ def gathered_at_once(stored: Sequence[Stored], zero: ZeroSettings) -> int:
     """Bytes of gathered parameters that one rank holds at one time, at most.
 
     DeepSpeed starts another bucket of gathers at every module, in the order of use, as long as less than `max_live`
-    elements are there; the last tensor may pass the limit. Buckets are unpacked by copying.
+    elements are there; the last tensor may pass the limit. Buckets are unpacked by copying, but for what comes alone.
     """
     cut = [p for p in stored if not p.stays_whole]
     now, bucket = largest_gather(cut), prefetch_bucket(stored, zero)
     ahead = largest_run(cut, max_live(stored, zero)) if bucket else 0
-    return max(now, ahead) + max(now, largest_run(cut, bucket))
+    copied = [p for p in cut if p.num_bytes <= ALONE_BYTES]
+    return max(now, ahead) + max(largest_gather(copied), largest_run(copied, bucket))
 
 
 def largest_run(stored: Sequence[Stored], elements: int) -> int:

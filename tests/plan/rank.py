@@ -1,6 +1,7 @@
 """Started by a launcher: takes the embedded base through a step as training does, and writes down what rank 1 holds.
 
-    rank.py OUT.json DEEPSPEED.json KEY=VALUE...        DEEPSPEED.json goes over the launch file's zero_optimization
+    rank.py OUT.json DEEPSPEED.json KEY=VALUE...        DEEPSPEED.json goes over the launch file's zero_optimization;
+                                                        alone_bytes in it over what a tensor may have that comes with others
 
 Gathers are counted where they leave the process, in torch's collective. What is gathered at one time is looked up there.
 """
@@ -21,9 +22,9 @@ from qlora.data.batch import collate_packed
 from qlora.distributed.leave import leave
 from qlora.quant.linear import Linear4bit
 
-counted = {"gathered": 0, "at_once": 0}
+counted = {"gathered": 0, "at_once": 0, "largest_copied": 0}
 watched: list[Any] = []
-plain_gather = dist.all_gather_into_tensor
+plain_gather, plain_cat = dist.all_gather_into_tensor, torch.cat
 
 
 def gather(*args: Any, **kwargs: Any) -> Any:
@@ -34,21 +35,33 @@ def gather(*args: Any, **kwargs: Any) -> Any:
     return plain_gather(*args, **kwargs)
 
 
+def copy(tensors: Any, *args: Any, **kwargs: Any) -> Any:
+    """By which DeepSpeed unpacks what came together."""
+    output = plain_cat(tensors, *args, **kwargs)
+    counted["largest_copied"] = max(counted["largest_copied"], output.numel() * output.element_size())
+    return output
+
+
 def num_bytes(tensors: Any) -> int:
     return sum(t.numel() * t.element_size() for t in tensors)
 
 
 def main() -> None:
-    out, changes, *overrides = sys.argv[1:]
-    dist.all_gather_into_tensor = gather  # before DeepSpeed looks it up
+    out, stated, *overrides = sys.argv[1:]
+    changes = json.loads(stated)
+    dist.all_gather_into_tensor, torch.cat = gather, copy  # before DeepSpeed looks them up
     from qlora.distributed import runtime as processes
     from qlora.train.build import build_model, prepare_engine
 
     job = load_config(Path(out).with_suffix(".yaml"), overrides)
+    if "alone_bytes" in changes:
+        from qlora.distributed import zero
+
+        zero.ALONE_BYTES = changes.pop("alone_bytes")
     runtime = processes.start(per_device_batch_size=1, gradient_accumulation_steps=1, max_grad_norm=1.0)
     plugin = runtime.accelerator.state.deepspeed_plugin
-    plugin.deepspeed_config["zero_optimization"] |= json.loads(changes)
-    plugin.states_prefetch = "stage3_prefetch_bucket_size" in json.loads(changes)
+    plugin.deepspeed_config["zero_optimization"] |= changes
+    plugin.states_prefetch = "stage3_prefetch_bucket_size" in changes
     _, train_model, _ = build_model(job, runtime)
     fours = [m for m in train_model.modules() if isinstance(m, Linear4bit)]
     parts = {id(m.weight): "packed weights" for m in fours} | {id(m.statistics): "statistics" for m in fours}
@@ -57,27 +70,30 @@ def main() -> None:
     batch = collate_packed([(row, np.ones(64, dtype=np.uint8))])
     parameters = list(train_model.parameters())
     watched.extend(p for p in parameters if hasattr(p, "ds_id"))
+    losses = []
     for _ in range(3):  # the first records the order of modules, the second is the first to gather ahead
-        counted.update(gathered=0, at_once=0)
+        counted.update(gathered=0, at_once=0, largest_copied=0)
         with engine.micro_step(last=True):
             loss, num_targets = engine.model(batch)
             engine.backward(loss / num_targets)
         seen: dict[str, Any] = dict(counted)
+        losses.append(loss.item())
         engine.step(1e-4)
     kept: dict[str, int] = {}
     for p in parameters:
         part = "trained" if p.requires_grad else parts.get(id(p), "unquantized")
         kept[part] = kept.get(part, 0) + num_bytes([getattr(p, "ds_tensor", p)])
-    zero = engine.model.optimizer
-    stage3 = hasattr(zero, "fp32_partitioned_groups_flat")
-    masters = zero.fp32_partitioned_groups_flat if stage3 else zero.single_partition_of_fp32_groups
+    sharded = engine.model.optimizer
+    stage3 = hasattr(sharded, "fp32_partitioned_groups_flat")
+    masters = sharded.fp32_partitioned_groups_flat if stage3 else sharded.single_partition_of_fp32_groups
     kept["fp32 master copy"] = num_bytes(masters)
-    states = [value for state in zero.optimizer.state.values() for value in state.values() if torch.is_tensor(value)]
+    states = [value for state in sharded.optimizer.state.values() for value in state.values() if torch.is_tensor(value)]
     kept["optimizer"] = num_bytes(t for t in states if t.numel() > 1)  # but for the counter of steps
-    stated = runtime.accelerator.state.deepspeed_plugin.deepspeed_config["zero_optimization"]
-    seen["max_live"] = stated.get("stage3_max_live_parameters")
+    used = runtime.accelerator.state.deepspeed_plugin.deepspeed_config["zero_optimization"]
+    seen["losses"] = losses
+    seen["max_live"] = used.get("stage3_max_live_parameters")
     if stage3:
-        kept["gradients"] = num_bytes([zero.grad_partitions_flat_buffer])
+        kept["gradients"] = num_bytes([sharded.grad_partitions_flat_buffer])
         kept["kept whole as well"] = num_bytes(p.data for p in watched if p.ds_persist)
         same = {t.data_ptr() for t in masters} & {p.ds_tensor.data_ptr() for p in watched if p.requires_grad}
         assert not same, "the master copy is a copy"

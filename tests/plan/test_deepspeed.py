@@ -13,6 +13,7 @@ import torch
 from transformers import AutoConfig, AutoTokenizer, LlamaForCausalLM
 
 from qlora.config.load import load_config
+from qlora.plan import gathers
 from qlora.plan.gathers import gathered_at_once, largest_gather, max_live
 from qlora.plan.memory import plan_rank
 from qlora.plan.parameters import ZeroSettings, stored_parameters
@@ -25,7 +26,7 @@ NARROW = ["lora.r=5", "train.gradient_checkpointing=true"]
 SMALL = ZeroSettings(prefetch_bucket_size=60_000, max_live_parameters=1_300_000, param_persistence_threshold=1_000)
 
 
-def run(folder: Path, stage: int, zero: ZeroSettings, overrides: list[str]) -> dict[str, Any]:
+def run(folder: Path, stage: int, zero: ZeroSettings, overrides: list[str], **more: int) -> dict[str, Any]:
     """Take a step on two ranks; returns what the second one wrote down."""
     out = folder / "found.json"
     out.with_suffix(".yaml").write_text("{}\n")
@@ -33,7 +34,7 @@ def run(folder: Path, stage: int, zero: ZeroSettings, overrides: list[str]) -> d
     stage3 = {f"stage3_{key}": getattr(zero, key) for key in keys if getattr(zero, key) is not None}
     command = [sys.executable, "-m", "accelerate.commands.launch", "--num_processes", "2", "--main_process_port", "0"]
     command += ["--config_file", f"launch/accelerate/zero{stage}.yaml", str(Path(__file__).with_name("rank.py"))]
-    command += [str(out), json.dumps(stage3 if stage == 3 else {}), *overrides]
+    command += [str(out), json.dumps(stage3 | more if stage == 3 else {}), *overrides]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=240, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
     return json.loads(out.read_text())
@@ -65,6 +66,24 @@ def test_a_rank_gathers_no_more_than_is_planned_and_not_much_less(tmp_path: Path
     assert 0.6 * planned < found["gathered"] <= planned
     stored = stored_parameters(base, job, SMALL)
     assert largest_gather(stored) < found["at_once"] <= gathered_at_once(stored, SMALL)
+
+
+@pytest.mark.long
+@pytest.mark.e2e
+def test_large_tensors_come_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Straight to where they are used; what is computed is the same."""
+    zero = ZeroSettings(prefetch_bucket_size=2_000_000, param_persistence_threshold=1_000)  # a head and more
+    overrides = ["train.gradient_checkpointing=false"]
+    together = run(tmp_path, 3, zero, overrides)
+    found = run(tmp_path, 3, zero, overrides, alone_bytes=100_000)
+    stored = stored_parameters(read_shapes(TINY), load_config(tmp_path / "found.yaml", overrides), zero)
+    assert found["losses"] == together["losses"]
+    assert found["gathered"] == together["gathered"]
+    head = max(p.num_bytes for p in stored)
+    assert (together["largest_copied"], found["largest_copied"] < head) == (head, True)
+    copied = gathered_at_once(stored, zero)
+    monkeypatch.setattr(gathers, "ALONE_BYTES", 100_000)
+    assert found["at_once"] <= gathered_at_once(stored, zero) < copied
 
 
 @pytest.mark.long
