@@ -23,7 +23,7 @@ def whole_states(parameters: dict[str, nn.Parameter]) -> Iterator[tuple[str, dic
     """Each parameter's moments, and its fp32 copy where it is none itself, whole. Collective, in one order on all ranks.
 
     Many come by one collective; DeepSpeed's own getters start one for each. At most `GATHER_BYTES` and one parameter's
-    state are whole at once, and that parameter's once more as it is yielded.
+    state are made whole at once; what is yielded lies in them, and keeps them as long as it is kept.
     """
     make_whole = _gathered if any(is_partitioned(p) for p in parameters.values()) else _summed
     batch: dict[str, Any] = {}
@@ -67,7 +67,9 @@ def _gathered(parameters: dict[str, Any]) -> Iterator[tuple[str, dict[str, Tenso
 def _summed(parameters: dict[str, Any]) -> Iterator[tuple[str, dict[str, Tensor]]]:
     """Under ZeRO-1 and 2 every rank has a run of all tensors laid end to end, which may begin and end within one."""
     some = next(iter(parameters.values()))
-    flat = torch.zeros(sum(p.numel() * len(_state_keys(p)) for p in parameters.values()), device=some.device)
+    flat = torch.zeros(
+        sum(p.numel() * len(_state_keys(p)) for p in parameters.values()), dtype=torch.float32, device=some.device
+    )
     states: dict[str, dict[str, Tensor]] = defaultdict(dict)
     at = 0
     for name, parameter in parameters.items():

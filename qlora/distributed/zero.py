@@ -82,17 +82,17 @@ def gather_large_alone(model: nn.Module) -> None:
     for a moment. A tensor that comes by itself is received where it is used. After `deepspeed.initialize`, which takes the
     last parameters over.
     """
-    for parameter in filter(is_partitioned, model.parameters()):
-        gather = parameter.all_gather_coalesced  # type: ignore[attr-defined]
-        parameter.all_gather_coalesced = partial(_gather_large_alone, gather)  # type: ignore[attr-defined]
+    partitioned: list[Any] = [p for p in model.parameters() if is_partitioned(p)]
+    large = {p.ds_id for p in partitioned if num_bytes([p]) > ALONE_BYTES}
+    for parameter in partitioned if large else ():
+        parameter.all_gather_coalesced = partial(_gather_large_alone, parameter.all_gather_coalesced, large)
 
 
-def _gather_large_alone(gather: Callable[..., Any], parameters: Iterable[Any], **kwargs: Any) -> Any:
+def _gather_large_alone(gather: Callable[..., Any], large: set[int], parameters: Iterable[Any], **kwargs: Any) -> Any:
     in_order = sorted(parameters, key=lambda p: p.ds_id)  # DeepSpeed hands over sets
-    large = [p for p in in_order if num_bytes([p]) > ALONE_BYTES]
-    others = [p for p in in_order if num_bytes([p]) <= ALONE_BYTES]
-    together = [others, *([p] for p in large)] if others else [[p] for p in large]
-    handles = [gather(some, **kwargs) for some in together]
+    others = [p for p in in_order if p.ds_id not in large]
+    together = [others, *([p] for p in in_order if p.ds_id in large)]
+    handles = [gather(some, **kwargs) for some in together if some]
     return handles[0] if len(handles) == 1 else MultipleAllGatherHandles(handles)
 
 

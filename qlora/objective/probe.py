@@ -61,7 +61,7 @@ def logits_of(model: Any, decoder: nn.Module, output: Any) -> Tensor:
 
 def makes(logits: Tensor, found: Tensor) -> bool:
     """Whether logits (..., V) of ours are the model's own, to rounding."""
-    return bool((found.float() - logits).abs().max() <= LOGIT_TOLERANCE * logits.abs().max())
+    return found.shape == logits.shape and bool((found.float() - logits).abs().max() <= LOGIT_TOLERANCE * logits.abs().max())
 
 
 def documents_stay_apart(model: Any, hidden_states: Callable[[Batch], Tensor]) -> bool:

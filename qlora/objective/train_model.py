@@ -49,7 +49,7 @@ class LossHead(nn.Module):
         """
         hidden = getattr(output, "last_hidden_state", None)
         logits = probe.logits_of(model, model.get_decoder(), output)
-        if hidden is None or hidden.shape[:-1] != logits.shape[:-1]:
+        if hidden is None:
             return False
         for _ in range(2):
             with torch.no_grad():
@@ -142,7 +142,7 @@ class TrainModel(nn.Module):
             self._choose_attention()
             if not outputs:  # packed rows cannot be computed at all
                 probe.run(self.model)
-        if not self.loss_head.agrees_with(self.model, outputs[-1]):
+        if not outputs or not self.loss_head.agrees_with(self.model, outputs[-1]):
             self.loss_head = None
             self._choose_attention()  # documents are to stay apart on the whole way to the logits then
 
@@ -163,7 +163,7 @@ class TrainModel(nn.Module):
             if probe.documents_stay_apart(self.model, self._hidden_states):
                 return None
             why = "lets packed documents see each other"
-        except (QloraError, AttributeError, RuntimeError, TypeError, ValueError) as error:
+        except (QloraError, AssertionError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
             why = f"cannot compute packed rows ({error})"
         return ConfigError(
             f"{type(self.model).__name__} with attention {self.attention_name!r} {why}",

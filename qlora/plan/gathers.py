@@ -41,13 +41,14 @@ def gathered_at_once(stored: Sequence[Stored], zero: ZeroSettings) -> int:
     """Bytes of gathered parameters that one rank holds at one time, at most.
 
     DeepSpeed starts another bucket of gathers at every module, in the order of use, as long as less than `max_live`
-    elements are there; the last tensor may pass the limit. Buckets are unpacked by copying, but for what comes alone.
+    elements are there; the last tensor may pass the limit. Buckets are unpacked by copying, but for what comes alone,
+    and the one before is still there while one is unpacked.
     """
     cut = [p for p in stored if not p.stays_whole]
     now, bucket = largest_gather(cut), prefetch_bucket(stored, zero)
     ahead = largest_run(cut, max_live(stored, zero)) if bucket else 0
     copied = [p for p in cut if p.num_bytes <= ALONE_BYTES]
-    return max(now, ahead) + max(largest_gather(copied), largest_run(copied, bucket))
+    return max(now, ahead) + 2 * max(largest_gather(copied), largest_run(copied, bucket))
 
 
 def largest_run(stored: Sequence[Stored], elements: int) -> int:

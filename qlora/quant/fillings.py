@@ -39,10 +39,11 @@ def match_tensors(model: Any, entries: dict[str, TensorEntry]) -> tuple[dict[str
     from transformers.core_model_loading import dot_natural_key
 
     wanted = model.state_dict()
-    # Where files name all tensors as the model does, but for tied ones that they leave out, names are all it takes.
-    # Transformers makes its rules for all architectures at once, which takes as long as reading a small base.
+    # Where files have all tensors of the model by their names and shapes, but for tied ones that they leave out, there is
+    # nothing to rename. Transformers makes its rules for all architectures at once, which takes as long as a small base.
     tied = {name for tie in model.all_tied_weights_keys.items() for name in tie}
-    if entries.keys() <= wanted.keys() <= entries.keys() | tied:
+    as_named = entries.keys() <= wanted.keys() <= entries.keys() | tied
+    if as_named and all(entry.shape == tuple(wanted[name].shape) for name, entry in entries.items()):
         return {name: Filling([entries[name]]) for name in sorted(entries, key=dot_natural_key)}, []
     return match_by_rules(model, entries, wanted)
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import sys
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -24,21 +25,29 @@ from qlora.quant.linear import Linear4bit
 
 counted = {"gathered": 0, "at_once": 0, "largest_copied": 0}
 watched: list[Any] = []
+handles: weakref.WeakSet[Any] = weakref.WeakSet()
 plain_gather, plain_cat = dist.all_gather_into_tensor, torch.cat
 
 
 def gather(*args: Any, **kwargs: Any) -> Any:
     output = args[0] if args else kwargs["output_tensor"]
     counted["gathered"] += output.numel() * output.element_size()
-    there = sum(p.ds_numel * p.element_size() for p in watched if p.ds_status.name != "NOT_AVAILABLE" and not p.ds_persist)
-    counted["at_once"] = max(counted["at_once"], there)
+    count_at_once()
     return plain_gather(*args, **kwargs)
+
+
+def count_at_once() -> None:
+    """Gathered parameters, and the buffers of those that came together, on their way or not let go of yet."""
+    there = num_bytes(p.data for p in watched if not p.ds_persist)
+    there += sum(handle.partitions[0].untyped_storage().nbytes() for handle in handles)
+    counted["at_once"] = max(counted["at_once"], there)
 
 
 def copy(tensors: Any, *args: Any, **kwargs: Any) -> Any:
     """By which DeepSpeed unpacks what came together."""
     output = plain_cat(tensors, *args, **kwargs)
-    counted["largest_copied"] = max(counted["largest_copied"], output.numel() * output.element_size())
+    counted["largest_copied"] = max(counted["largest_copied"], num_bytes([output]))
+    count_at_once()
     return output
 
 
@@ -50,9 +59,18 @@ def main() -> None:
     out, stated, *overrides = sys.argv[1:]
     changes = json.loads(stated)
     dist.all_gather_into_tensor, torch.cat = gather, copy  # before DeepSpeed looks them up
+    from deepspeed.runtime.zero.partition_parameters import AllGatherCoalescedHandle
+
     from qlora.distributed import runtime as processes
     from qlora.train.build import build_model, prepare_engine
 
+    begin = AllGatherCoalescedHandle.__init__
+
+    def watch(handle: Any, *args: Any, **kwargs: Any) -> None:
+        begin(handle, *args, **kwargs)
+        handles.add(handle)
+
+    AllGatherCoalescedHandle.__init__ = watch
     job = load_config(Path(out).with_suffix(".yaml"), overrides)
     if "alone_bytes" in changes:
         from qlora.distributed import zero
