@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from qlora.data.batch import Batch, collate_packed
 from qlora.distributed.collectives import whole_shape
+from qlora.objective.alike import alike_layers_left_out
 
 DOCUMENT_TOKENS = (6, 5)
 # Logits may come in bfloat16, which rounds to 0.4%; a factor that was overlooked or a layer in between makes far more.
@@ -82,7 +83,7 @@ def documents_stay_apart(model: Any, hidden_states: Callable[[Batch], Tensor]) -
 
     handle = model.get_input_embeddings().register_forward_hook(keep)
     try:
-        with _in_eval_mode(model), _without_backward_hooks(model), torch.enable_grad():
+        with alike_layers_left_out(model), _in_eval_mode(model), _without_backward_hooks(model), torch.enable_grad():
             second = hidden_states(_some_tokens(model))[:, first:].float()
             # Weighted, because the plain sum over a normalised vector does not depend on what is in it.
             weights = torch.randn(second.shape, generator=torch.Generator().manual_seed(0)).to(second.device)
