@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 from torch import Tensor, nn
@@ -30,17 +30,26 @@ def alike_layers_left_out(model: Any) -> Iterator[None]:
         return
     outputs: list[Any] = []
     handle = layers[0].register_forward_hook(lambda _module, _args, output: outputs.append(output))
-    before = [vars(layer).get("forward") for layer in layers[1:]]
-    for layer in layers[1:]:
-        layer.forward = _handing_on(layer.forward, outputs)
+    try:
+        with ExitStack() as stack:
+            for layer in layers[1:]:
+                stack.enter_context(forward_replaced(layer, _handing_on(layer.forward, outputs)))
+            yield
+    finally:
+        handle.remove()
+
+
+@contextmanager
+def forward_replaced(module: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
+    """A module computes something else inside the context; its hooks stay."""
+    before = vars(module).get("forward")
+    module.forward = forward
     try:
         yield
     finally:
-        handle.remove()
-        for layer, forward in zip(layers[1:], before, strict=True):
-            del layer.forward
-            if forward is not None:
-                layer.forward = forward
+        del module.forward
+        if before is not None:
+            module.forward = before
 
 
 def _handing_on(forward: Any, outputs: list[Any]) -> Any:
@@ -54,7 +63,9 @@ def _handing_on(forward: Any, outputs: list[Any]) -> Any:
 
 def _built(module: nn.Module) -> Any:
     """What a module is made of, but for values of tensors. Linear layers act token by token, whatever their settings."""
-    if isinstance(module, (nn.Linear, QuantizedLinear, LoraLayer)):
+    if isinstance(module, LoraLayer):
+        return type(module), _built(module.base_layer)
+    if isinstance(module, (nn.Linear, QuantizedLinear)):
         return type(module)
     own = []
     for name, value in vars(module).items():

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from qlora.data.batch import Batch, collate_packed
 from qlora.distributed.collectives import whole_shape
-from qlora.objective.alike import alike_layers_left_out
+from qlora.objective.alike import alike_layers_left_out, forward_replaced
 
 DOCUMENT_TOKENS = (6, 5)
 # Logits may come in bfloat16, which rounds to 0.4%; a factor that was overlooked or a layer in between makes far more.
@@ -49,15 +49,8 @@ def logits_of(model: Any, decoder: nn.Module, output: Any) -> Tensor:
 
     The model's own forward runs, but for the decoder, whose layers are most of it and have run before.
     """
-    before = vars(decoder).get("forward")
-    decoder.forward = lambda *_args, **_kwargs: output
-    try:
-        with _in_eval_mode(model), torch.no_grad():
-            return model(input_ids=_some_tokens(model).input_ids_BT, use_cache=False).logits.float()
-    finally:
-        del decoder.forward
-        if before is not None:
-            decoder.forward = before
+    with forward_replaced(decoder, lambda *_args, **_kwargs: output), _in_eval_mode(model), torch.no_grad():
+        return model(input_ids=_some_tokens(model).input_ids_BT, use_cache=False).logits.float()
 
 
 def makes(logits: Tensor, found: Tensor) -> bool:

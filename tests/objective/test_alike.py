@@ -46,7 +46,7 @@ def test_the_first_of_alike_layers_speaks_for_all(make_model: MakeModel) -> None
     assert torch.equal(model(input_ids=IDS).logits, before)
 
 
-def make_one_larger(model: Any) -> None:
+def give_one_another_activation(model: Any) -> None:
     model.model.layers[1].mlp.act_fn = nn.Tanh()
 
 
@@ -54,11 +54,19 @@ def give_one_another_setting(model: Any) -> None:
     model.model.layers[2].self_attn.scaling = 0.5
 
 
+def give_one_another_convolution(model: Any) -> None:
+    for number, layer in enumerate(model.model.layers):
+        layer.mix = nn.Conv1d(4, 4, 1 + 2 * number)
+    inject_lora(model, LoraConfig(r=2, target_modules=["mix"]))
+
+
 def state_a_list(model: Any) -> None:
     model.config.no_rope_layers = [1, 0, 1]
 
 
-@pytest.mark.parametrize("change", [make_one_larger, give_one_another_setting, state_a_list])
+@pytest.mark.parametrize(
+    "change", [give_one_another_activation, give_one_another_setting, give_one_another_convolution, state_a_list]
+)
 def test_layers_that_differ_all_compute(make_model: MakeModel, change: Callable[[Any], None]) -> None:
     model = make_model("llama", num_hidden_layers=3)
     change(model)
